@@ -1,0 +1,1 @@
+"""cli of optpass; import as optpass.cli."""

@@ -1,0 +1,1 @@
+"""export of optpass; import as optpass.export."""

@@ -1,0 +1,1 @@
+"""kernels of optpass; import as optpass.kernels."""

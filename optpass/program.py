@@ -1,0 +1,129 @@
+"""The captured model: stages of flat, named tensors in and out, and the record of what was done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+
+Size = int | str
+"""One dimension: a number, or the name of a dynamic dimension."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: dtype by its torch name (``float32``), shape with names for dynamic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The sizes a dynamic dimension may take, both ends included."""
+
+    minimum: int
+    maximum: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One callable graph of a program.
+
+    Attributes:
+        name: ``main`` for a model without state.
+        exported: graph whose user inputs and outputs are flat tensors, in the order of ``inputs`` and ``outputs``.
+        inputs, outputs: names, dtypes and shapes.
+        ranges: the range of each dynamic dimension named in the shapes.
+        example: one tensor per input, inside the ranges.
+    """
+
+    name: str
+    exported: ExportedProgram
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    example: tuple[Tensor, ...]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    @cached_property
+    def module(self) -> GraphModule:
+        """The graph with its weights as attributes, to run or to rewrite a copy of."""
+        module = self.exported.module(check_guards=False)
+        assert isinstance(module, GraphModule)
+        return module
+
+    @torch.no_grad()
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run eagerly; one tensor per input, returns one per output."""
+        return tuple(self.module(*tensors))
+
+    def resized(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """The example with its dynamic dimensions tiled or cropped to ``sizes``; values stay in their domain."""
+        tensors = []
+        for spec, tensor in zip(self.inputs, self.example, strict=True):
+            for axis, size in enumerate(spec.shape):
+                if isinstance(size, str) and size in sizes:
+                    pick = torch.arange(sizes[size]) % tensor.shape[axis]
+                    tensor = tensor.index_select(axis, pick)
+            tensors.append(tensor)
+        return tuple(tensors)
+
+    def retraced(self, module: torch.nn.Module) -> Stage:
+        """The stage with ``module``, a rewritten copy of ``self.module``, captured anew under the same signature."""
+        exported = trace(module, self.example, self.inputs, self.ranges)
+        return replace(self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as named stages, with the driver that runs them and the record of the passes applied.
+
+    Attributes:
+        source: what the user named: a zoo name, a directory, ``module:factory``.
+        record: one JSON-able entry per pass, in order, as written to the manifest.
+    """
+
+    stages: Mapping[str, Stage]
+    source: str = ""
+    driver: str = "run"
+    record: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def main(self) -> Stage:
+        """The stage of a program that has one."""
+        (stage,) = self.stages.values()
+        return stage
+
+
+def trace(
+    module: torch.nn.Module, example: Sequence[Tensor], inputs: Sequence[TensorSpec], ranges: Mapping[str, Range]
+) -> ExportedProgram:
+    """``torch.export`` of a module of flat positional tensors, with the named dimensions dynamic."""
+    dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in ranges.items()}
+    shapes = tuple({axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
+    with torch.no_grad():
+        return torch.export.export(module, tuple(example), dynamic_shapes=shapes if dims else None, strict=False)
+
+
+def output_specs(exported: ExportedProgram, names: Sequence[str], like: Stage | None = None) -> tuple[TensorSpec, ...]:
+    """Specs of the outputs of a traced graph; a symbolic size gets the name of the input dimension it equals."""
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    results = next(node for node in exported.graph.nodes if node.op == "output").args[0]
+    symbols: dict[str, str] = {}
+    if like is not None:
+        for spec, name in zip(like.inputs, exported.graph_signature.user_inputs, strict=True):
+            value = placeholders[str(name)].meta["val"]
+            symbols |= {str(s): size for s, size in zip(value.shape, spec.shape, strict=True) if isinstance(size, str)}
+    specs = []
+    for name, node in zip(names, results, strict=True):
+        value = node.meta["val"]
+        shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
+        specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), shape))
+    return tuple(specs)

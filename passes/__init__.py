@@ -1,0 +1,1 @@
+"""passes of optpass; import as optpass.passes."""

@@ -1,0 +1,1 @@
+"""zoo of optpass; import as optpass.zoo."""
