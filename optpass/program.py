@@ -78,7 +78,7 @@ class Stage:
     def retraced(self, module: torch.nn.Module) -> Stage:
         """The stage with ``module``, a rewritten copy of ``self.module``, captured anew under the same signature."""
         exported = trace(module, self.example, self.inputs, self.ranges)
-        return replace(self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self))
+        return replace(self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self.inputs))
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,14 @@ def trace(
         return torch.export.export(module, tuple(example), dynamic_shapes=shapes if dims else None, strict=False)
 
 
-def output_specs(exported: ExportedProgram, names: Sequence[str], like: Stage | None = None) -> tuple[TensorSpec, ...]:
+def output_specs(exported: ExportedProgram, names: Sequence[str], inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Specs of the outputs of a traced graph; a symbolic size gets the name of the input dimension it equals."""
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     results = next(node for node in exported.graph.nodes if node.op == "output").args[0]
     symbols: dict[str, str] = {}
-    if like is not None:
-        for spec, name in zip(like.inputs, exported.graph_signature.user_inputs, strict=True):
-            value = placeholders[str(name)].meta["val"]
-            symbols |= {str(s): size for s, size in zip(value.shape, spec.shape, strict=True) if isinstance(size, str)}
+    for spec, user in zip(inputs, exported.graph_signature.user_inputs, strict=True):
+        value = placeholders[str(user)].meta["val"]
+        symbols |= {str(s): size for s, size in zip(value.shape, spec.shape, strict=True) if isinstance(size, str)}
     specs = []
     for name, node in zip(names, results, strict=True):
         value = node.meta["val"]
