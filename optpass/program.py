@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+
+from optpass.errors import Place
+
+WRAPPED = "model"
+"""Attribute under which capture holds the user's module inside its flat wrapper."""
 
 Size = int | str
 """One dimension: a number, or the name of a dynamic dimension."""
@@ -103,13 +110,18 @@ class Program:
 
 
 def trace(
-    module: torch.nn.Module, example: Sequence[Tensor], inputs: Sequence[TensorSpec], ranges: Mapping[str, Range]
+    module: torch.nn.Module,
+    example: Sequence[Tensor],
+    inputs: Sequence[TensorSpec],
+    ranges: Mapping[str, Range],
+    *,
+    strict: bool = False,
 ) -> ExportedProgram:
     """``torch.export`` of a module of flat positional tensors, with the named dimensions dynamic."""
     dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in ranges.items()}
     shapes = tuple({axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     with torch.no_grad():
-        return torch.export.export(module, tuple(example), dynamic_shapes=shapes if dims else None, strict=False)
+        return torch.export.export(module, tuple(example), dynamic_shapes=shapes if dims else None, strict=strict)
 
 
 def output_specs(exported: ExportedProgram, names: Sequence[str], inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -126,3 +138,33 @@ def output_specs(exported: ExportedProgram, names: Sequence[str], inputs: Sequen
         shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
         specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), shape))
     return tuple(specs)
+
+
+def op_name(node: Node) -> str:
+    """``linear`` for an ATen op whatever its overload, ``namespace.name`` for another, the bare name of a function."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        namespace, name = node.target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_path(node: Node) -> str:
+    """Path of the user's module that a node comes from, such as ``encoder.layer.3.attention``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return strip_wrapper(paths[-1]) if paths else ""
+
+
+def strip_wrapper(path: str) -> str:
+    """A module path without the name under which capture wraps the user's model."""
+    path = path.removeprefix("L['self'].").removeprefix("L['self']")
+    return path.removeprefix(WRAPPED).removeprefix(".")
+
+
+def place_of(node: Node) -> Place:
+    """Where in the user's model a node comes from: module, op, and the innermost line outside torch."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    own = [line for line in lines if f"{os.sep}torch{os.sep}" not in line]
+    match = re.match(r'File "(.*)", line (\d+)', own[-1]) if own else None
+    line = f"{os.path.basename(match[1])}:{match[2]}" if match else ""
+    return Place(module_path(node), op_name(node) if node.op == "call_function" else node.op, line)

@@ -1,0 +1,137 @@
+"""Models of a Hugging Face directory: config.json and safetensors, complete or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optpass.capture.examples import hugging_face_inputs
+from optpass.capture.sources import Source
+from optpass.errors import OptpassError
+
+
+def download(model_id: str) -> Path:
+    """The local directory of a model of the hub, from the cache where it is there."""
+    hub = library("huggingface_hub")
+    patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
+    try:
+        with _silent():
+            return Path(hub.snapshot_download(model_id, allow_patterns=patterns))
+    except Exception as error:  # errors of the network are of many types
+        raise OptpassError(
+            "model-id",
+            f"{model_id} is not in the local cache and cannot be downloaded ({type(error).__name__})",
+            "check the id and the connection, or name a local directory",
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model directory."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise OptpassError("corrupt-file", f"{path / 'config.json'} is not readable JSON", "mend the file") from error
+    if not isinstance(config, dict):
+        raise OptpassError("corrupt-file", f"{path / 'config.json'} is no JSON object", "mend the file")
+    return config
+
+
+def check_weights(path: Path, stem: str) -> None:
+    """Open every safetensors file of a model directory; refuse a missing or a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / f"{stem}.safetensors.index.json"
+    files = [path / f"{stem}.safetensors"]
+    if index.is_file():
+        try:
+            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise OptpassError("corrupt-file", f"{index} is no index of weights", "copy the file again") from error
+    for file in files:
+        if not file.is_file():
+            raise OptpassError("missing-weights", f"there is no {file}", "save the model as safetensors")
+        try:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise OptpassError(
+                "corrupt-file", f"{file} is no readable safetensors file: {error}", "copy it again"
+            ) from error
+
+
+def load_model(name: str, path: Path, tensors: Mapping[str, torch.Tensor]) -> Source:
+    """Load the class that config.json names, every weight from the files, in float32."""
+    transformers = library("transformers")
+    architectures = read_config(path).get("architectures") or []
+    if not architectures:
+        raise OptpassError(
+            "no-architecture", f"config.json of {name} names no architecture", 'add "architectures": ["<class>"] to it'
+        )
+    cls = getattr(transformers, str(architectures[0]), None)
+    if cls is None:
+        raise OptpassError(
+            "unknown-architecture",
+            f"transformers {transformers.__version__} has no class {architectures[0]}",
+            "write a module:factory that builds the model",
+        )
+    check_weights(path, "model")
+    module = checked(
+        name, lambda: cls.from_pretrained(path, output_loading_info=True, dtype=torch.float32, use_safetensors=True)
+    )
+    kwargs = hugging_face_inputs(module, tensors)
+    return Source(name, module, (), kwargs)
+
+
+def checked(name: str, load: Any) -> nn.Module:
+    """Run a loader that returns (module, info); refuse weights that were not in the files."""
+    try:
+        with _silent():
+            module, info = load()
+    except Exception as error:  # loading reads files that may be damaged in any way
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OptpassError(
+            "model-load", f"{name} cannot be loaded: {first}", "check config.json and the weights"
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise OptpassError(
+            "missing-weights",
+            f"the files of {name} lack weight {missing[0]}{more}",
+            "the weights and config.json must match",
+        )
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def library(name: str) -> Any:
+    """Import an optional library, or say which extra brings it."""
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise OptpassError(
+            "missing-library", f"{name} is not installed", "install the extra: pip install 'optpass[hf]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep progress bars and load reports of the library off the user's terminal."""
+    before = logging.root.manager.disable
+    bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    logging.disable(logging.CRITICAL)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if bars is None:
+            del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]

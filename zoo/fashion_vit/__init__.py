@@ -1,0 +1,1 @@
+"""fashion-vit: a vision transformer of 197 tokens, trained on Fashion-MNIST."""
