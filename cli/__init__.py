@@ -1,1 +1,1 @@
-"""cli of optpass; import as optpass.cli."""
+"""The command line of optpass; import as optpass.cli."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 from optpass.errors import OptpassError
 from optpass.zoo.fashion_vit import data
-from optpass.zoo.fashion_vit.model import FashionViT
+
+if TYPE_CHECKING:
+    from optpass.zoo.fashion_vit.model import FashionViT
 
 SUMMARY = "vision transformer, 197 tokens, 1.3 M parameters; Fashion-MNIST top-1"
 METRIC = "top1"
@@ -22,6 +22,11 @@ BATCH = 8
 
 def factory() -> tuple[FashionViT, tuple[()], dict[str, Any]]:
     """The trained model and a batch of eight test images."""
+    import torch
+    from safetensors.torch import load_file
+
+    from optpass.zoo.fashion_vit.model import FashionViT
+
     model = FashionViT()
     model.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
     images, _ = data.shipped()
