@@ -9,8 +9,8 @@ walk ends in a refusal. No op is guessed: what has no rule is restored first, wh
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from optpass.emit import Emitter, Traced, inputs_of
-from optpass.errors import Place, Refusal
+from optpass.errors import Refusal
 from optpass.layout import Atom, Group, Layout, Part, has_tokens, is_token_axis, plain, same, same_group, token_dims
 from optpass.program import place_of
 from optpass.tokens import Concat, Identity, TokenMap, Value
@@ -84,6 +84,9 @@ class Level:
     stale: Tracked
 
 
+MASKED_OUT = -1e4
+"""A float mask at or below this counts as no attention at all."""
+
 Build = Callable[["Builder"], TokenMap]
 
 
@@ -94,23 +97,24 @@ class Rewritten:
     Attributes:
         module: the new graph; with taps, its outputs are followed by those of the maps.
         maps: the maps in order, their values being nodes of ``module``.
-        restored: module path, op and reason of each value brought back to the old space.
+        restored: nodes of the old graph that need the old space, and why.
+        tapped: names of the appended outputs, ``<number of the map>.<attribute>``.
     """
 
     module: GraphModule
-    maps: list[TokenMap] = field(default_factory=list)
-    restored: list[tuple[Node, str]] = field(default_factory=list)
-    tapped: list[str] = field(default_factory=list)
+    maps: list[TokenMap]
+    restored: list[tuple[Node, str]]
+    tapped: list[str]
 
 
 class Walker:
     """Rewrites one module for one chain of sites."""
 
-    def __init__(self, module: GraphModule, sites: Mapping[Node, Build], space: Space, maker: str) -> None:
+    def __init__(self, module: GraphModule, sites: Mapping[Node, Sequence[tuple[str, Build]]], space: Space) -> None:
         self.old = module
         self.sites = sites
         self.space = space
-        self.maker = maker
+        self.maker = ""
         self.graph = Graph()
         self.env: dict[Node, Tracked | Several] = {}
         self.levels: list[Level] = []
@@ -120,6 +124,7 @@ class Walker:
         self.emit = Emitter(self.graph, first.meta["val"])
         self.batch: Any = None
         self.root_count: Any = None
+        self.constants: dict[str, torch.Tensor] = {}
         self._coerced: dict[Any, Traced] = {}
         self._restored: dict[Node, Traced] = {}
         self._biases: dict[Any, Traced | None] = {}
@@ -141,9 +146,10 @@ class Walker:
             else:
                 with self.emit.on_behalf(node):
                     self.env[node] = self._settle(self._follow(node, rule_for(node)))
-            if node in self.sites:
-                with self.emit.on_behalf(node, self.maker):
-                    self.env[node] = self._enter(node)
+            for maker, build in self.sites.get(node, ()):
+                self.maker = maker
+                with self.emit.on_behalf(node, maker):
+                    self.env[node] = self._enter(node, build)
         raise AssertionError("a graph ends in its output")
 
     def _follow(self, node: Node, rule: Rule | None) -> Tracked | Several:
@@ -157,10 +163,12 @@ class Walker:
             return Tracked(self.emit.copy(node, inputs.__getitem__))
 
     def _settle(self, result: Tracked | Several) -> Tracked | Several:
-        """A value without tokens is like one of the old space: it needs no coercion and no restoring."""
-        if isinstance(result, list) or result.layout is None or token_dims(result.layout):
+        """A value without tokens is like one of the old space; one of the stream can be restored from here on."""
+        if isinstance(result, list) or result.layout is None:
             return result
-        return Tracked(result.proxy)
+        if not token_dims(result.layout):
+            return Tracked(result.proxy)
+        return replace(result, local=True) if self.node in self.space.streams else result
 
     def _finish(self, node: Node, tap: bool) -> Rewritten:
         results = []
@@ -172,11 +180,16 @@ class Walker:
         taps = [(f"{i}.{name}", value) for i, m in enumerate(maps) for name, value in _tensors(m)] if tap else []
         self.graph.output(tuple(results) + tuple(value.node for _, value in taps))
         self.graph.eliminate_dead_code()
-        module = GraphModule(self.old, self.graph)
+        module = GraphModule(self._attributes(), self.graph)
         return Rewritten(module, maps, self.restores, [name for name, _ in taps])
 
-    def _enter(self, node: Node) -> Tracked:
-        """Apply the map of the site at ``node``."""
+    def _attributes(self) -> dict[str, Any]:
+        """What the new graph reads by name: attributes of the old module, and constants of the pass."""
+        names = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        return {n: self.constants[n] if n in self.constants else operator.attrgetter(n)(self.old) for n in sorted(names)}
+
+    def _enter(self, node: Node, build: Build) -> Tracked:
+        """Apply one map at the site ``node``."""
         stream = self.env[node]
         assert isinstance(stream, Tracked)
         if not self.levels:
@@ -186,7 +199,7 @@ class Walker:
             raise Refused(Refusal("site-apart", what, "give the two token axes a pass of their own", place_of(node)))
         if stream.level != len(self.levels):
             stream = Tracked(self.lift(stream, len(self.levels)), stream.layout, len(self.levels))
-        token_map = self.sites[node](Builder(self, stream))
+        token_map = build(Builder(self, stream))
         before = self.sizes(len(self.levels))
         self.levels.append(Level(token_map, token_map.resize(before), stream))
         return Tracked(self.lift(stream, len(self.levels), content=True), stream.layout, len(self.levels))
@@ -510,23 +523,63 @@ class Builder:
         """How many tokens each one stands for, ``[batch, tokens]``; None where all are one."""
         return self._walker.sizes(self.level)
 
-    def read(self, node: Node) -> Traced:
-        """A value computed from the tokens, such as the key ``[batch, heads, tokens, head_dim]``, tokens moved first."""
-        value = self._walker.value(node)
-        if value.layout is None:
-            dim = next(d for d, s in enumerate(value.proxy.value.shape) if d and same(s, self._old_count()))
-            return value.proxy.movedim(dim, 1)  # type: ignore[no-any-return]
-        return self._tokens_first(value)
+    def read(self, node: Node, tokens: int = -2) -> Traced | None:
+        """A value of the block with its tokens moved to the front, such as the key, ``[batch, tokens, heads, head_dim]``.
 
-    def constant(self, tensor: torch.Tensor, name: str) -> Traced:
-        """A tensor of the pass's own, stored with the model."""
-        root = self._walker.old
-        while hasattr(root, name):
-            name += "_"
-        root.register_buffer(name, tensor)
+        Args:
+            node: a node of the old graph.
+            tokens: its token dimension.
+
+        Returns:
+            None where the value holds other tokens than the stream, as the joint keys of text and image do.
+        """
+        value = self._walker.value(node)
+        if value.layout is not None:
+            try:
+                x = self._tokens_first(value)
+            except Fallback:
+                return None
+            return x if same(x.value.shape[0], self._tracked.proxy.value.shape[self._walker.space.batch_dim]) else None
+        shape, stream = value.proxy.value.shape, self._tracked.proxy.value.shape
+        if self.level or not same(shape[tokens], stream[self._walker.space.token_dim]) or not same(shape[0], stream[0]):
+            return None
+        return value.proxy.movedim(tokens, 1)  # type: ignore[no-any-return]
+
+    def follow(self, node: Node) -> Traced:
+        """A value of the old graph, shaped like the stream, brought to the tokens of this site."""
+        walker = self._walker
+        layout = self._tracked.layout
+        assert layout is not None
+        return walker.coerce(walker.value(node), layout, self.level)
+
+    def visible(self, mask: Node | None) -> Traced | None:
+        """Which tokens any query sees, bool ``[batch or 1, tokens]``, by a mask ``[batch or 1, heads or 1, rows, tokens]``.
+
+        None where the mask is of other tokens than the stream.
+        """
+        if mask is None:
+            return None
+        walker = self._walker
+        value = walker.value(mask)
+        if value.layout is not None or value.proxy.dim() != 4 or not same(value.proxy.value.shape[3], self._old_count()):
+            return None
+        seen = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
+        seen = seen.to(torch.float32).amax((1, 2)) > 0
+        site = self._tracked.layout
+        assert site is not None
+        layout = (site[self._walker.space.batch_dim], site[self._walker.space.token_dim])
+        return walker.coerce(Tracked(seen), layout, self.level)
+
+    def constant(self, tensor: torch.Tensor, name: str, shape: tuple[Any, ...] | None = None) -> Traced:
+        """A tensor of the pass's own, stored with the model; ``shape`` where the graph must see it as dynamic."""
+        self._walker.constants[name] = tensor
         node = self._walker.graph.get_attr(name)
-        fake = self.emit.fake
-        node.meta["val"] = fake.from_tensor(tensor) if fake is not None else tensor
+        sizes = tuple(tensor.shape) if shape is None else tuple(getattr(s, "value", s) for s in shape)
+        if self.emit.fake is None:
+            node.meta["val"] = tensor
+        else:
+            with self.emit.fake:
+                node.meta["val"] = torch.empty(sizes, dtype=tensor.dtype)
         return self.emit.proxy(node)
 
     def _old_count(self) -> Any:
@@ -538,9 +591,10 @@ class Builder:
         layout = value.layout
         assert layout is not None
         x = walker.lift(value, self.level)
-        (dim,) = token_dims(layout)[:1]
-        if not is_token_axis(layout[dim]):
+        dims = token_dims(layout)
+        if len(dims) != 1 or not is_token_axis(layout[dims[0]]):
             raise Fallback("a value read at the site mixes tokens with other axes")
+        (dim,) = dims
         atom = layout[dim][0]
         order = [walker._batch_dim(layout), dim]
         order += [d for d in range(x.dim()) if d not in order]
@@ -552,11 +606,11 @@ class Builder:
         return x
 
 
+TAPPED = ("index", "group")
+"""What the references of the probes need to know of a map."""
+
+
 def _tensors(token_map: TokenMap) -> list[tuple[str, Value]]:
     """The tensors that define a map."""
-    return [(name, v) for name in ("index", "group", "weight", "kept") if (v := getattr(token_map, name, None)) is not None]
+    return [(name, v) for name in TAPPED if (v := getattr(token_map, name, None)) is not None]
 
-
-def place(node: Node) -> Place:
-    """Where in the user's model a node comes from."""
-    return place_of(node)

@@ -78,8 +78,8 @@ def old_shape(node: Node) -> list[Any]:
 
 def remake(walker: Walker, node: Node, new: dict[Node, Traced]) -> Traced:
     """The same call with its inputs replaced."""
-    args = map_arg(node.args, lambda n: new.get(n) or walker._plain(n))
-    kwargs = map_arg(node.kwargs, lambda n: new.get(n) or walker._plain(n))
+    args = map_arg(node.args, lambda n: new[n] if n in new else walker._plain(n))
+    kwargs = map_arg(node.kwargs, lambda n: new[n] if n in new else walker._plain(n))
     return walker.emit.call(node.target, *args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch.fx import Proxy
 
 Value = Any
 """A ``Tensor``, or the rewriter's proxy that stands for one and knows its shape."""
@@ -21,19 +22,26 @@ Count = Any
 """A number of tokens: ``int``, or a proxy of a symbolic size."""
 
 
+def arange(count: Count, like: Value) -> Value:
+    """``0 .. count`` on the device of ``like``; in the graph of ``like`` where that is a proxy."""
+    if isinstance(like, Proxy):
+        return like.tracer.create_proxy("call_function", torch.arange, (count,), {"device": like.device})
+    return torch.arange(count, device=like.device)
+
+
 def take(x: Value, index: Value) -> Value:
     """Rows of ``x`` ``[batch or 1, tokens, ...]`` at ``index`` ``[batch, kept]`` -> ``[batch, kept, ...]``."""
     # Whole rows are gathered by two indices: engines copy rows, where an index expanded over the features would make
     # them fetch single elements.
     if isinstance(x.shape[0], int) and x.shape[0] == 1:
         return torch.ops.aten.index.Tensor(x.squeeze(0), [index])
-    batch = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+    batch = arange(index.shape[0], index).unsqueeze(1)
     return torch.ops.aten.index.Tensor(x, [batch, index])
 
 
 def one_hot(index: Value, count: Count, dtype: torch.dtype) -> Value:
     """``[batch, n]`` -> ``[batch, count, n]``, one where ``index`` equals the row."""
-    rows = torch.arange(count, device=index.device)
+    rows = arange(count, index)
     return (rows.unsqueeze(0).unsqueeze(-1) == index.unsqueeze(1)).to(dtype)
 
 
@@ -183,6 +191,73 @@ class Assign(TokenMap):
 
 
 @dataclass(frozen=True)
+class Merge(TokenMap):
+    """Merge in the form that costs least: most tokens stay, the few of ``moved`` are added to others.
+
+    Attributes:
+        index: int64 ``[batch, target]``, the source token that each target stands on.
+        moved: int64 ``[batch, r]``, the source tokens that are merged away.
+        slot: int64 ``[batch, r]``, the target that each of them joins.
+    """
+
+    index: Value = None
+    moved: Value = None
+    slot: Value = None
+    weighs: bool = True
+
+    ordered = False
+
+    @property
+    def proportional(self) -> bool:  # type: ignore[override]
+        return self.weighs
+
+    @property
+    def group(self) -> Value:
+        """Int64 ``[batch, source]``: the target of each source token."""
+        # index and moved together name each source token once: sorting that permutation inverts it
+        inverse = torch.cat([self.index, self.moved], 1).argsort(1)
+        stay = torch.zeros_like(self.index) + arange(self.index.shape[1], self.index)
+        return take(torch.cat([stay, self.slot], 1), inverse)
+
+    def carry(self, x: Value, sizes: Value | None = None) -> Value:
+        stay, away = take(x, self.index), take(x, self.moved)
+        joins = one_hot(self.slot, self.target, torch.float32)  # [batch, target, r]
+        if sizes is not None:
+            kept, gone = take(sizes, self.index), take(sizes, self.moved)
+            joins = joins * gone.unsqueeze(1)
+            total = joins.sum(-1) + kept
+            joins, share = joins / total.unsqueeze(-1), kept / total
+        else:
+            total = joins.sum(-1) + 1
+            joins, share = joins / total.unsqueeze(-1), 1 / total
+        flat = away.flatten(2) if x.dim() > 3 else away
+        added = torch.matmul(joins.to(x.dtype), flat)
+        if x.dim() > 3:
+            added = added.unflatten(2, x.shape[2:])
+        for _ in range(x.dim() - 2):
+            share = share.unsqueeze(-1)
+        return stay * share.to(x.dtype) + added
+
+    def pick(self, x: Value) -> Value:
+        return take(x, self.index)
+
+    def restore(self, y: Value, stale: Value | None = None) -> Value:
+        return take(y, self.group)
+
+    def resize(self, sizes: Value | None) -> Value | None:
+        joins = one_hot(self.slot, self.target, torch.float32)
+        if sizes is None:
+            return joins.sum(-1) + 1
+        return torch.matmul(joins, take(sizes, self.moved).unsqueeze(-1)).squeeze(-1) + take(sizes, self.index)
+
+    def cut(self, left: int, right: int) -> Merge:
+        index = self.index[:, left : self.target - right] - left
+        return Merge(
+            self.source - left - right, self.target - left - right, index, self.moved - left, self.slot - left, self.weighs
+        )
+
+
+@dataclass(frozen=True)
 class Matrix(TokenMap):
     """Many to many: ``weight`` ``[batch, target, source]`` >= 0, each column sums to one (or to zero: dropped).
 
@@ -222,6 +297,10 @@ class Matrix(TokenMap):
         return Matrix(self.source - left - right, self.target - left - right, weight, index, self.in_order, self.weighs)
 
 
+NOTHING = 1e-37
+"""The size of a token that counts as nothing: its logarithm is finite, so that no row of a softmax becomes NaN."""
+
+
 @dataclass(frozen=True)
 class Masked(TokenMap):
     """The reference of a prune: no token moves, those where ``kept`` ``[batch, source]`` is false count as nothing."""
@@ -244,11 +323,43 @@ class Masked(TokenMap):
 
     def resize(self, sizes: Value | None) -> Value | None:
         kept = self.kept.to(torch.float32)
-        return kept if sizes is None else sizes * kept
+        return (kept if sizes is None else sizes * kept).clamp(NOTHING)
 
     def cut(self, left: int, right: int) -> Masked:
         count = self.source - left - right
         return Masked(count, count, self.kept[:, left : self.source - right])
+
+
+@dataclass(frozen=True)
+class Averaged(TokenMap):
+    """The reference of a merge: no token moves, each takes the mean of its ``group`` ``[batch, source]``.
+
+    Attributes:
+        index: int64 ``[batch, source]``, the token whose position stands for the group of each.
+    """
+
+    group: Value = None
+    index: Value = None
+
+    ordered = False
+
+    def carry(self, x: Value, sizes: Value | None = None) -> Value:
+        same_group = (self.group.unsqueeze(1) == self.group.unsqueeze(2)).to(torch.float32)
+        return _weighted_mean(same_group, x, None)
+
+    def pick(self, x: Value) -> Value:
+        return take(x, self.index)
+
+    def restore(self, y: Value, stale: Value | None = None) -> Value:
+        return y
+
+    def resize(self, sizes: Value | None) -> Value | None:
+        return sizes
+
+    def cut(self, left: int, right: int) -> Averaged:
+        count = self.source - left - right
+        group, index = self.group[:, left : self.source - right], self.index[:, left : self.source - right] - left
+        return Averaged(count, count, group, index)
 
 
 @dataclass(frozen=True)
@@ -358,6 +469,8 @@ def _weights(token_map: TokenMap) -> Value:
             return weight
         case Assign():
             return token_map.matrix()
+        case Merge():
+            return one_hot(token_map.group, token_map.target, torch.float32)
         case Gather():
             return one_hot(token_map.index, token_map.source, torch.float32).transpose(1, 2)
     raise TypeError(f"{type(token_map).__name__} has no matrix form")

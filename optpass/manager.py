@@ -1,0 +1,195 @@
+"""The pass manager: order, apply, verify, re-trace, keep or roll back, and record."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import networkx as nx
+from torch import Tensor
+from torch.fx import Node
+
+from optpass import verify
+from optpass.errors import OptpassError, Refusal
+from optpass.passes.base import Pass, Site
+from optpass.program import Program, Stage, place_of
+from optpass.results import PassRecord, Probes
+from optpass.rewrite import Build, Builder, Refused, Rewritten, Space, Walker
+from optpass.structure import Structure, analyse
+from optpass.tokens import TokenMap
+
+OnFail = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A pass with its sites."""
+
+    made: Pass
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program: it holds the passes that were kept, the records tell of all that were tried."""
+
+    program: Program
+    records: tuple[PassRecord, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(record.status == "kept" for record in self.records)
+
+
+@dataclass(frozen=True)
+class _State:
+    """The captured graph, the passes laid over it so far, and the stage and outputs that came of them."""
+
+    structure: Structure
+    placed: tuple[Placed, ...]
+    stage: Stage
+    outputs: tuple[Tensor, ...]
+
+
+def apply(
+    program: Program, passes: Sequence[Pass], *, on_fail: OnFail = "stop", progress: Callable[[str], None] = lambda line: None
+) -> Outcome:
+    """Apply passes one by one; each is verified before it is kept.
+
+    Passes that reduce tokens are laid over the same captured graph in one walk: ``prune`` in the middle and ``merge``
+    in every block follow each other along the stream, whatever the order they were asked for.
+
+    Args:
+        on_fail: ``stop`` at the first pass that is refused or rolled back, or ``skip`` it and go on.
+        progress: called with a line before each step.
+
+    Raises:
+        OptpassError: two passes conflict, or what they say of their order is contradictory.
+    """
+    before = program.main
+    progress("analyse the graph")
+    state = _State(analyse(before), (), before, before.run(before.example))
+    records: list[PassRecord] = []
+    for made in ordered(passes):
+        progress(f"apply and verify {made.name}")
+        record, state = _step(made, state)
+        records.append(record)
+        if record.status != "kept" and on_fail == "stop":
+            break
+    dumped = tuple(record.model_dump() for record in records)
+    return Outcome(replace(program, stages={before.name: state.stage}, record=dumped), tuple(records))
+
+
+def ordered(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes in an order that honours what they declare; where nothing is declared, as they were given."""
+    names = [made.name for made in passes]
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    for i, made in enumerate(passes):
+        for other in made.conflicts:
+            if other in names:
+                raise OptpassError("pass-conflict", f"{made.name} cannot be combined with {other}", "drop one of them")
+        graph.add_edges_from((i, j) for j, name in enumerate(names) if name in made.before)
+        graph.add_edges_from((j, i) for j, name in enumerate(names) if name in made.after)
+    try:
+        return [passes[i] for i in nx.lexicographical_topological_sort(graph)]
+    except nx.NetworkXUnfeasible as error:
+        cycle = " before ".join(names[i] for i, _ in nx.find_cycle(graph))
+        raise OptpassError("pass-order", f"{cycle} before {names[0]} is a circle", "drop one of them") from error
+
+
+def rewrite(structure: Structure, placed: Sequence[Placed], tap: bool = False) -> Rewritten:
+    """The captured graph with the maps of all passes; ``tap`` appends what defines them to the outputs."""
+    return _walk(structure, placed, lambda made, site, number: lambda b: made.build(site, b), tap)
+
+
+def _walk(
+    structure: Structure, placed: Sequence[Placed], builder: Callable[[Pass, Site, int], Build], tap: bool = False
+) -> Rewritten:
+    order = {node: i for i, node in enumerate(structure.module.graph.nodes)}
+    found = sorted(((s, p.made) for p in placed for s in p.sites), key=lambda pair: order[pair[0].node])
+    builds: dict[Node, list[tuple[str, Build]]] = defaultdict(list)
+    for number, (site, made) in enumerate(found):
+        builds[site.node].append((made.name, builder(made, site, number)))
+    first = found[0][0]
+    space = Space(
+        first.space.token_dim, first.space.batch_dim, first.space.prefix, first.space.suffix, frozenset(first.tower.streams)
+    )
+    return Walker(structure.module, builds, space).run(tap)
+
+
+def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
+    record = PassRecord(name=made.name, options=made.options.model_dump(exclude_none=True), status="refused")
+    sites = made.sites(state.structure)
+    if isinstance(sites, Refusal):
+        return record.model_copy(update={"reason": str(sites)}), state
+    record = record.model_copy(update={"sites": [site.block.path for site in sites]})
+    if any(before.sites[0].tower is not sites[0].tower for before in state.placed):
+        refusal = Refusal("two-towers", f"{made.name} acts on another tower than the passes before it", "run it alone")
+        return record.model_copy(update={"reason": str(refusal)}), state
+    placed = (*state.placed, Placed(made, tuple(sites)))
+    try:
+        rewritten = rewrite(state.structure, placed, tap=True)
+        probes, outputs, failure = _probe(state, placed, rewritten)
+        if not failure:
+            plain = rewrite(state.structure, placed)
+            stage = state.structure.stage.retraced(plain.module)
+    except Refused as refused:
+        return record.model_copy(update={"reason": str(refused.refusal)}), state
+    sizes = [sites[0].space.size, *(m.target for m in rewritten.maps)]
+    record = record.model_copy(
+        update={
+            "tokens": [_size(s) for s in sizes],
+            "probes": probes,
+            "restored": sorted({f"{place_of(node)}: {why}" for node, why in rewritten.restored}),
+        }
+    )
+    if not failure:
+        traced = stage.run(stage.example)
+        gap = verify.difference(traced, outputs)
+        if gap > verify.tolerance(outputs):
+            failure = f"the outputs changed by {gap:.1e} when the rewritten graph was traced again"
+    if failure:
+        return record.model_copy(update={"status": "rolled_back", "reason": failure}), state
+    return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage, outputs=traced)
+
+
+def _probe(
+    state: _State, placed: Sequence[Placed], rewritten: Rewritten
+) -> tuple[Probes, tuple[Tensor, ...], str]:
+    """The three probes, the outputs at the real setting, and the first failure in words."""
+    structure, example = state.structure, state.structure.stage.example
+    dense = structure.stage.run(example)
+    last = placed[-1]
+    still = Placed(last.made.at_identity(), last.sites)
+    at_identity = rewrite(structure, (*placed[:-1], still)).module
+    shuffled = _walk(structure, placed, lambda made, site, number: verify.permutation(number)).module
+    results = verify.run(rewritten.module, example)
+    outputs, taps = results[: len(dense)], results[len(dense) :]
+    found = {
+        "identity": verify.difference(verify.run(at_identity, example), state.outputs),
+        "permutation": verify.difference(verify.run(shuffled, example), dense),
+    }
+    builds = verify.references(rewritten, taps)
+    if builds is not None:
+        marked = _walk(structure, placed, lambda made, site, number: builds[number]).module
+        found["equivalence"] = verify.difference(verify.run(marked, example), outputs)
+    smallest = structure.stage.resized({name: range_.minimum for name, range_ in structure.stage.ranges.items()})
+    if structure.stage.ranges:
+        small = structure.stage.run(smallest)
+        found["permutation"] = max(found["permutation"], verify.difference(verify.run(shuffled, smallest), small))
+    limit = verify.tolerance(dense)
+    for name, value in found.items():
+        if not value <= limit:
+            return Probes(**found), outputs, f"the {name} probe found a difference of {value:.1e}, more than {limit:.1e}"
+    return Probes(**found), outputs, ""
+
+
+def _size(size: object) -> int | str:
+    value = getattr(size, "value", size)
+    return value if isinstance(value, int) else str(value)
+
+
+__all__ = ["Builder", "OnFail", "Outcome", "Placed", "TokenMap", "apply", "ordered", "rewrite"]

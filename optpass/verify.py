@@ -1,0 +1,117 @@
+"""Is a rewrite structurally right? Three probes that need no data and tolerate nothing but rounding.
+
+Identity: at its identity setting a pass changes nothing. Permutation: with each map replaced by a random permutation of
+the free tokens, restored at the outputs, nothing changes. Equivalence: the tokens chosen at the real setting, marked in
+the full program instead of moved, give the same outputs: dropped ones hidden as keys, merged ones set to their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from optpass.rewrite import Build, Builder, Rewritten
+from optpass.tokens import Averaged, Gather, Masked, TokenMap
+
+TOLERANCE = 2e-5
+"""Of a probe, relative to the largest output: float32 rounds each of some hundred ops in a row by 6e-8 of its value."""
+
+
+def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Largest absolute difference of any output; NaN in one of two counts as infinite, unequal shapes too."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if x.numel():
+            x, y = x.double(), y.double()
+            gap = torch.where(x.isfinite() & y.isfinite(), (x - y).abs(), torch.where(_alike(x, y), 0.0, float("inf")))
+            worst = max(worst, float(gap.max()))
+    return worst
+
+
+def _alike(x: Tensor, y: Tensor) -> Tensor:
+    return (x == y) | (x.isnan() & y.isnan())
+
+
+def tolerance(reference: Sequence[Tensor]) -> float:
+    """What a probe may differ by, for outputs of this size."""
+    largest = max((float(x.double().abs().nan_to_num(posinf=0).max()) for x in reference if x.numel()), default=1.0)
+    return TOLERANCE * max(largest, 1.0)
+
+
+@torch.no_grad()
+def run(module: GraphModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of a rewritten graph, executed eagerly."""
+    return tuple(module(*inputs))
+
+
+def permutation(seed: int) -> Build:
+    """A map that shuffles the free tokens of each sample in its own way."""
+
+    def build(b: Builder) -> TokenMap:
+        free = b.count - b.prefix - b.suffix
+        place = b.emit.call(torch.arange, free)
+        sample = b.emit.call(torch.arange, b.batch)
+        noise = ((place.unsqueeze(0) + 1) * 7919 * (sample.unsqueeze(1) * 31 + seed + 17)) % 104_729
+        order = noise.argsort(1) + b.prefix
+        front = b.emit.call(torch.arange, b.prefix).unsqueeze(0).expand(b.batch, b.prefix)
+        back = b.emit.call(torch.arange, b.count - b.suffix, b.count).unsqueeze(0).expand(b.batch, b.suffix)
+        return Gather(b.count, b.count, torch.cat([front, order, back], 1), in_order=False, bijective=True)
+
+    return build
+
+
+def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | None:
+    """For each map what the equivalence probe puts in its place, in the space before all maps; None where there is none."""
+    values: dict[tuple[int, str], Tensor] = {}
+    for name, tensor in zip(rewritten.tapped, taps, strict=True):
+        number, attribute = name.split(".")
+        values[int(number), attribute] = tensor
+    builds: list[Build] = []
+    alive: Tensor | None = None  # [batch, root tokens], the current token that each root token is part of, or -1
+    leader: Tensor | None = None  # [batch, tokens now], the root token that each current token stands on
+    for number, token_map in enumerate(rewritten.maps):
+        index, group = values.get((number, "index")), values.get((number, "group"))
+        if index is None or not token_map.proportional:
+            return None
+        source = _source(token_map, index, group, alive)
+        if alive is None or leader is None:
+            alive = torch.arange(source).expand(len(index), -1).clone()
+            leader = alive.clone()
+        leader = leader.gather(1, index)
+        if isinstance(token_map, Gather):
+            places = torch.full((len(index), source), -1).scatter(1, index, torch.arange(index.shape[1]).expand_as(index))
+            alive = torch.where(alive >= 0, places.gather(1, alive.clamp(0)), -1)
+            builds.append(_constant(Masked, number, kept=alive >= 0))
+        elif group is not None:
+            alive = torch.where(alive >= 0, group.gather(1, alive.clamp(0)), -1)
+            own = -1 - torch.arange(alive.shape[1]).expand_as(alive)
+            stands = torch.where(alive >= 0, leader.gather(1, alive.clamp(0)), torch.arange(alive.shape[1]))
+            builds.append(_constant(Averaged, number, group=torch.where(alive >= 0, alive, own), index=stands))
+        else:
+            return None
+    return builds
+
+
+def _source(token_map: TokenMap, index: Tensor, group: Tensor | None, alive: Tensor | None) -> int:
+    if group is not None:
+        return group.shape[1]
+    if isinstance(token_map.source, int):
+        return token_map.source
+    return int(index.max()) + 1 if alive is None else int(alive.max()) + 1
+
+
+def _constant(kind: type[TokenMap], number: int, **tensors: Tensor) -> Build:
+    def build(b: Builder) -> TokenMap:
+        shape = b.stream.shape[:2]
+        fields: dict[str, Any] = {
+            name: b.constant(tensor, f"reference_{number}_{name}", shape) for name, tensor in tensors.items()
+        }
+        return kind(b.count, b.count, **fields)
+
+    return build

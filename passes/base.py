@@ -1,0 +1,246 @@
+"""What a pass is, and what every pass that reduces tokens shares: where it acts, and how many tokens stay."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch.fx import Node
+
+import optpass.passes
+from optpass.errors import OptpassError, Place, Refusal
+from optpass.rewrite import Builder, Refused, Value
+from optpass.structure import Block, Structure, TokenSpace, Tower
+from optpass.tokens import TokenMap
+
+ENTRY_POINT = "optpass.passes"
+"""Group of entry points under which third parties name their ``Pass`` classes."""
+
+
+class Options(BaseModel):
+    """Options of a pass; one declaration serves the command line, recipes, the manifest and the help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a pass inserts a map.
+
+    Attributes:
+        node: the residual stream that the map acts on.
+        number: which of the pass's sites it is, from 0.
+    """
+
+    block: Block
+    node: Node
+    space: TokenSpace
+    tower: Tower
+    number: int
+
+
+class Pass:
+    """A pass: where it acts (``sites``) and which map it inserts there (``build``). The manager does the rest.
+
+    Attributes:
+        name: as written in ``--passes``.
+        identity: option values under which the pass must change nothing; what the identity probe applies.
+        before, after: names of passes that must come later, or earlier, when both are asked for.
+        conflicts: names of passes that cannot be combined with this one.
+    """
+
+    name: ClassVar[str]
+    options_type: ClassVar[type[Options]]
+    identity: ClassVar[Mapping[str, Any]]
+    before: ClassVar[Sequence[str]] = ()
+    after: ClassVar[Sequence[str]] = ()
+    conflicts: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, options: Options) -> None:
+        self.options: Any = options
+
+    def sites(self, structure: Structure) -> list[Site] | Refusal:
+        """Where to insert maps, in order, or why nowhere."""
+        raise NotImplementedError
+
+    def build(self, site: Site, b: Builder) -> TokenMap:
+        """The map at a site, computed from what ``b`` gives."""
+        raise NotImplementedError
+
+    def at_identity(self) -> Pass:
+        """The same pass with the options under which it must change nothing."""
+        given = {k: v for k, v in self.options.model_dump(exclude_unset=True).items() if k not in ("keep", "r")}
+        return type(self)(self.options_type(**{**given, **self.identity}))
+
+
+At = int | str | list[int | str]
+
+
+class ReductionOptions(Options):
+    """Where a pass reduces tokens, and by how many."""
+
+    at: At | None = Field(
+        None,
+        description="blocks: 3, [1,3,5], 2:8:2, all, a module path, or a glob of paths; counted in the tower that costs most",
+    )
+    place: Literal["attention", "block"] = Field(
+        "attention", description="inside the block, after its attention, or after the whole block"
+    )
+    keep: float | list[float] | None = Field(
+        None, description="fraction of the free tokens that stay, at each site or one number a site; 0 < keep <= 1"
+    )
+    r: int | list[int] | None = Field(None, description="tokens that go, at each site or one number a site; in place of keep")
+
+    @model_validator(mode="after")
+    def _check(self) -> ReductionOptions:
+        if self.keep is not None and self.r is not None:
+            raise ValueError("give keep or r, not both")
+        for keep in _listed(self.keep):
+            if not 0 < keep <= 1:
+                raise ValueError(f"keep={keep:g} lies outside 0 < keep <= 1")
+        for r in _listed(self.r):
+            if r < 0:
+                raise ValueError(f"r={r} is negative")
+        return self
+
+
+class Reduction(Pass):
+    """A pass that reduces the tokens of one tower; subclasses say which map."""
+
+    default_keep: ClassVar[float] = 0.7
+
+    def default_at(self, structure: Structure) -> At:
+        """Blocks of a bare name: a quarter, half and three quarters into the tower."""
+        depth = len(structure.main.blocks) if structure.main else 0
+        return sorted({depth // 4, depth // 2, 3 * depth // 4})
+
+    def sites(self, structure: Structure) -> list[Site] | Refusal:
+        """Blocks that ``at`` names, all of one tower, one number of ``keep`` or ``r`` for each."""
+        if structure.main is None:
+            what = "no attention block with a residual stream was found"
+            return Refusal("no-blocks", what, "see optpass inspect for what was found")
+        at = self.options.at if self.options.at is not None else self.default_at(structure)
+        found = _blocks_at(at, structure)
+        if isinstance(found, Refusal):
+            return found
+        tower, blocks = found
+        for name in ("keep", "r"):
+            numbers = getattr(self.options, name)
+            if isinstance(numbers, list) and len(numbers) != len(blocks):
+                what = f"{self.name} has {len(blocks)} sites, but {name} lists {len(numbers)} numbers"
+                return Refusal("schedule-length", what, "list one number a site")
+        inside = self.options.place == "attention"
+        return [
+            Site(block, block.after_attention if inside else block.exit, tower.space_at(blocks[0]), tower, number)
+            for number, block in enumerate(blocks)
+        ]
+
+    def kept(self, site: Site, b: Builder) -> Value:
+        """How many free tokens stay at a site; an int, or a proxy where the count is dynamic."""
+        free = self.free(site, b)
+        r, keep = _nth(self.options.r, site.number), _nth(self.options.keep, site.number)
+        if r is not None:
+            self._check_room(site, free, r)
+            return free - r
+        if keep is None:
+            keep = self.default_keep
+        if keep == 1:
+            return free
+        if isinstance(free, int):
+            return max(round(keep * free), min(free, 1))
+        # tenths of a per mille in integers: a float of a symbolic size would be rounded differently by each engine
+        return (free * round(keep * 10_000) + 5_000) // 10_000
+
+    def free(self, site: Site, b: Builder) -> Value:
+        """How many tokens the pass may choose among."""
+        return b.count - b.prefix - b.suffix
+
+    def room(self, free: int) -> int:
+        """The most that can go of ``free`` tokens at one site."""
+        return free - 1
+
+    def _check_room(self, site: Site, free: Value, r: int) -> None:
+        if isinstance(free, int) and r and r > self.room(free):
+            what = f"{self.name} is asked to take r={r} of {free} free tokens"
+            raise Refused(Refusal("no-room", what, f"use r={max(self.room(free), 0)} or less, or keep", Place(site.block.path)))
+
+
+def _blocks_at(at: At, structure: Structure) -> tuple[Tower, list[Block]] | Refusal:
+    main = structure.main
+    assert main is not None
+    picked: list[tuple[Tower, Block]] = []
+    for item in at if isinstance(at, list) else [at]:
+        found = _matches(item, structure, main)
+        if isinstance(found, Refusal):
+            return found
+        picked += found
+    towers = {id(tower): tower for tower, _ in picked}
+    if len(towers) > 1:
+        names = ", ".join(tower.path or "the model" for tower in towers.values())
+        return Refusal("two-towers", f"at={at} names blocks of {names}", "give each tower a pass of its own")
+    tower = picked[0][0]
+    chosen = {block.path for _, block in picked}
+    return tower, [block for block in tower.blocks if block.path in chosen]
+
+
+def _matches(item: int | str, structure: Structure, main: Tower) -> list[tuple[Tower, Block]] | Refusal:
+    count = len(main.blocks)
+    text = str(item).strip()
+    if text == "all":
+        return [(main, block) for block in main.blocks]
+    if text.lstrip("-").isdigit():
+        index = int(text)
+        if not -count <= index < count:
+            what = f"at={index} names no block: {main.path or 'the model'} has {count}, 0 to {count - 1}"
+            return Refusal("no-site", what, "see optpass inspect")
+        return [(main, main.blocks[index])]
+    if ":" in text and all(not part or part.lstrip("-").isdigit() for part in text.split(":")):
+        found = main.blocks[slice(*(int(part) if part else None for part in text.split(":")))]
+        if not found:
+            return Refusal("no-site", f"at={text} names no block of {count}", "see optpass inspect")
+        return [(main, block) for block in found]
+    named = [(t, block) for t in structure.towers for block in t.blocks if fnmatch.fnmatchcase(block.path, text)]
+    if not named:
+        example = main.blocks[count // 2].path
+        return Refusal("no-site", f"at={text} matches no block", f"name one such as {example}; see optpass inspect")
+    return named
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _nth(value: Any, number: int) -> Any:
+    return value[number] if isinstance(value, list) else value
+
+
+def registry() -> dict[str, type[Pass]]:
+    """Every pass, by name: those of this package, and those that entry points bring.
+
+    Raises:
+        OptpassError: an entry point cannot be loaded, or brings no pass.
+    """
+    found: dict[str, type[Pass]] = {}
+    for info in pkgutil.iter_modules(optpass.passes.__path__):
+        module = importlib.import_module(f"{optpass.passes.__name__}.{info.name}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and issubclass(value, Pass) and value.__module__ == module.__name__ and "name" in vars(value):
+                found[value.name] = value
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT):
+        try:
+            value = point.load()
+        except Exception as error:  # a plug-in's own import
+            what = f"the plug-in pass {point.name} cannot be loaded: {type(error).__name__}: {error}"
+            raise OptpassError("plug-in", what, f"mend or uninstall {point.value.partition(':')[0]}") from error
+        if not (inspect.isclass(value) and issubclass(value, Pass) and hasattr(value, "identity")):
+            what = f"the plug-in {point.name} is no pass with a name, options and an identity"
+            raise OptpassError("plug-in", what, "subclass optpass.passes.base.Pass")
+        found[value.name] = value
+    return found

@@ -1,0 +1,78 @@
+"""Merge the most similar token pairs, each pair into its mean, weighted by what the tokens already stand for.
+
+Paper: Token Merging, arXiv 2210.09461, sections 3 (bipartite soft matching) and 3.1 (proportional attention).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from optpass.errors import Place, Refusal
+from optpass.passes.base import At, Reduction, ReductionOptions, Site
+from optpass.passes.prune import surrounded
+from optpass.passes.prune.divprune import token_features
+from optpass.rewrite import Builder, Value
+from optpass.structure import Structure
+from optpass.tokens import Merge as MergeMap
+from optpass.tokens import TokenMap, take
+
+
+class MergeOptions(ReductionOptions):
+    """Options of ``merge``."""
+
+    proportional: bool = Field(True, description="attention weighs each token by how many it stands for")
+
+
+class Merge(Reduction):
+    """Merge the most similar pairs of tokens; every token can be given back, so dense outputs work."""
+
+    name = "merge"
+    options_type = MergeOptions
+    identity: ClassVar[dict[str, Any]] = {"r": 0}
+    default_keep = 0.92
+
+    def default_at(self, structure: Structure) -> At:
+        """Every block."""
+        return "all"
+
+    def sites(self, structure: Structure) -> list[Site] | Refusal:
+        """Not in causal towers: a merged token would stand at two places in the order."""
+        found = super().sites(structure)
+        if isinstance(found, list) and found[0].space.causal:
+            where = Place(found[0].block.path, "scaled_dot_product_attention")
+            return Refusal("token-order", "merging breaks token order, and this attention is causal", "use prune", where)
+        return found
+
+    def room(self, free: int) -> int:
+        """Half: each pair has one token of the even and one of the odd places."""
+        return free // 2
+
+    def build(self, site: Site, b: Builder) -> TokenMap:
+        """Match even with odd tokens, merge the best pairs."""
+        free = b.count - b.prefix - b.suffix
+        r = free - self.kept(site, b)
+        if isinstance(r, int):
+            r = min(r, free // 2)
+        x = token_features(site, b)
+        x = x[:, b.prefix : b.count - b.suffix]
+        similar = torch.matmul(x[:, 0::2], x[:, 1::2].transpose(1, 2))  # [batch, even, odd]
+        attention = site.block.attention
+        visible = b.visible(attention.mask) if attention is not None and attention.padded else None
+        if visible is not None:
+            seen = visible[:, b.prefix : b.count - b.suffix]
+            # padding is merged with padding alone
+            similar = torch.where(seen[:, 0::2].unsqueeze(2) == seen[:, 1::2].unsqueeze(1), similar, similar - 4)
+        best, partner = similar.max(2)
+        even = (free + 1) // 2
+        order = best.topk(even, 1)[1]
+        moved, unmerged = order[:, :r], order[:, r:]
+        odd = b.emit.call(torch.arange, free - even).unsqueeze(0).expand(b.batch, free - even)
+        index = surrounded(b, torch.cat([unmerged * 2, odd * 2 + 1], 1) + b.prefix)
+        slot = take(partner, moved) + (even - r) + b.prefix
+        return MergeMap(b.count, b.count - r, index, moved * 2 + b.prefix, slot, weighs=self.options.proportional)
+
+
+__all__ = ["Merge", "MergeOptions", "Value"]

@@ -1,0 +1,66 @@
+"""What a selector is. Each file beside this one holds one, and is found by being there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import ClassVar
+
+import torch
+
+from optpass.errors import Refusal
+from optpass.passes.base import Site
+from optpass.rewrite import Builder, Value
+
+
+class Selector:
+    """Chooses tokens at a site. A subclass gives ``score``, or ``choose`` where a score is not enough."""
+
+    name: ClassVar[str]
+
+    def refuses(self, site: Site, b: Builder, count: Value) -> Refusal | None:
+        """Why the selector cannot work here."""
+        return None
+
+    def score(self, site: Site, b: Builder) -> Value:
+        """``[batch or 1, tokens]``, float32, of all tokens; the highest stay."""
+        raise NotImplementedError
+
+    def choose(self, site: Site, b: Builder, count: Value) -> Value:
+        """``[batch, count]``: which free tokens stay, counted from the first free one, best first."""
+        score = self.score(site, b).to(torch.float32)
+        score = spare(site, b, score)[:, b.prefix : b.count - b.suffix]
+        if isinstance(score.shape[0], int) and score.shape[0] == 1:
+            score = score.expand(b.batch, -1)
+        return score.topk(count, 1)[1]
+
+
+def spare(site: Site, b: Builder, score: Value) -> Value:
+    """Scores with tokens of another modality in front of all others, and padding behind."""
+    bound = 1e9
+    attention = site.block.attention
+    if attention is not None and attention.padded:
+        visible = b.visible(attention.mask)
+        if visible is not None:
+            score = torch.where(visible, score, score - bound)
+    member = site.space.members.get("image")
+    if member is not None:
+        inside = b.follow(member)[:, :, 0]
+        score = torch.where(inside, score, score + bound)
+    return score
+
+
+@functools.cache
+def selectors() -> dict[str, type[Selector]]:
+    """Every selector by name."""
+    package = __name__.rpartition(".")[0]
+    found: dict[str, type[Selector]] = {}
+    path = importlib.util.find_spec(package).submodule_search_locations  # type: ignore[union-attr]
+    for info in pkgutil.iter_modules(path):
+        module = importlib.import_module(f"{package}.{info.name}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and issubclass(value, Selector) and value.__module__ == module.__name__ and "name" in vars(value):
+                found[value.name] = value
+    return found
