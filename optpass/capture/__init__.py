@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 
 from optpass.capture.dynamic import Declared, check_symbolic, declare, resize
 from optpass.capture.failure import explain, quiet
+from optpass.capture.sameness import check_range, check_same
 from optpass.capture.signature import Call, flat_call, wrap
 from optpass.capture.sources import Source, resolve
 from optpass.errors import OptpassError
-from optpass.program import Program, Stage, TensorSpec, output_specs, trace
+from optpass.program import Program, Stage, TensorSpec, output_specs, strip_wrapper, trace
 
 KEPT_WHOLE = ("linear", "layer_norm", "scaled_dot_product_attention")
 """Ops that functionalisation must not take apart: analysis and backends know them by name."""
@@ -50,14 +51,17 @@ def capture(
     declared = declare(found.dynamic if dynamic is None else dynamic, call)
     example = resize(call, declared)
     inputs_specs = _input_specs(call, example, declared)
-    wrapped, names = wrap(found.module, call, example)
-    exported = _export(wrapped, example, inputs_specs, declared)
-    exported = _functional(exported)
-    _check_stateless(exported)
-    check_symbolic(exported, inputs_specs, declared)
-    outputs = output_specs(exported, names, inputs_specs)
-    ranges = {name: d.range for name, d in declared.items()}
-    stage = Stage("main", exported, inputs_specs, outputs, example, ranges)
+    wrapped, names, results = wrap(found.module, call, example)
+    traced = _export(wrapped, example, inputs_specs, declared)
+    with quiet():
+        exported = _functional(traced)
+        _check_stateless(exported)
+        check_symbolic(exported, inputs_specs, declared)
+        outputs = output_specs(exported, names, inputs_specs)
+        ranges = {name: d.range for name, d in declared.items()}
+        stage = Stage("main", exported, inputs_specs, outputs, example, ranges)
+        check_same(stage, results)
+        check_range(stage, wrapped)
     return Program({"main": stage}, source=found.name)
 
 
@@ -95,7 +99,7 @@ def _export(
         try:
             with quiet():
                 return trace(module, example, specs, ranges, strict=strict)
-        except Exception as error:  # torch.export lets errors of any type through, the user's own among them
+        except Exception as error:  # noqa: BLE001 - torch.export lets errors of any type through, the user's own among them
             failures.append(error)
     raise explain(failures, module, example, specs, declared) from failures[0]
 
@@ -104,7 +108,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     """Replace in-place ops by pure ones, if there are any."""
     if not any(_mutates(node) for node in exported.graph.nodes):
         return exported
-    pure = exported.run_decompositions({})
+    pure: ExportedProgram = exported.run_decompositions({})
     if _whole(pure) != _whole(exported):
         raise OptpassError(
             "functionalise",
@@ -130,7 +134,7 @@ def _check_stateless(exported: ExportedProgram) -> None:
     if changed:
         raise OptpassError(
             "mutates-state",
-            f"the model writes to {changed[0]} in each call",
+            f"the model writes to {strip_wrapper(changed[0])} in each call",
             "return the new value as an output, or switch the statistic or cache off",
         )
 

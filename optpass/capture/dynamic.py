@@ -96,20 +96,21 @@ def check_symbolic(exported: ExportedProgram, specs: Sequence[TensorSpec], decla
         for name, axis in dimension.places:
             size = nodes[str(users[name])].meta["val"].shape[axis]
             if isinstance(size, int):
-                raise constant(name, axis, size)
+                raise constant(name, axis, size, specs)
             found = exported.range_constraints.get(size.node.expr)
             if found and (found.lower > dimension.range.minimum or found.upper < dimension.range.maximum):
                 raise narrowed(name, axis, dimension.range, f"{found.lower}..{found.upper}")
 
 
-def constant(name: str, axis: int, size: int, line: str = "") -> OptpassError:
-    """A dynamic dimension that the model fixes."""
+def constant(name: str, axis: int, size: int, specs: Sequence[TensorSpec], line: str = "") -> OptpassError:
+    """A dynamic dimension that the model fixes; another input of the same size is named as the likely cause."""
     where = f" by {line}" if line else ""
+    beside = [f"{spec.name}:{at}" for spec in specs for at, other in enumerate(spec.shape) if other == size]
+    together = f"declare {' and '.join([f'{name}:{axis}', *beside])} under one name, " if beside else ""
     return OptpassError(
         "dynamic-constant",
         f"{name}:{axis} is declared dynamic, but the model fixes it to {size}{where}",
-        f"leave {name}:{axis} static (--static), make that line independent of the size, "
-        "or declare the inputs that share the size under one name",
+        f"{together}leave {name}:{axis} static, or make that line independent of the size",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optpass.capture.signature import check_names
 from optpass.errors import OptpassError
 
 BATCH, LENGTH, SAMPLES = 2, 32, 16000
@@ -25,6 +26,7 @@ def hugging_face_inputs(module: nn.Module, given: Mapping[str, Tensor]) -> dict[
     parameters = inspect.signature(module.forward).parameters
     constants = {"use_cache": False} if "use_cache" in parameters or _causal(module) else {}
     if given:
+        check_names(module, given)
         return {**given, **constants}
     generator = torch.Generator().manual_seed(0)
     inputs = _inputs(config, parameters, _main(module), generator, causal=_causal(module))
@@ -37,6 +39,8 @@ def _inputs(
     vision = getattr(config, "vision_config", None)
     text = getattr(config, "text_config", None) or config
     inputs: dict[str, Tensor] = {}
+    if main not in parameters:  # a part of a model, which bears the name of the whole
+        main = next(iter(parameters), main)
     if main == "input_ids" or ("input_ids" in parameters and vision is not None):
         inputs["input_ids"] = _ids(config, text, vision, generator)
     if main == "pixel_values" or ("pixel_values" in parameters and vision is not None):
@@ -90,11 +94,12 @@ def diffusers_inputs(module: nn.Module, config: Mapping[str, Any], given: Mappin
     parameters = inspect.signature(module.forward).parameters
     constants = {"return_dict": False} if "return_dict" in parameters else {}
     if given:
+        check_names(module, given)
         return {**given, **constants}
     generator = torch.Generator().manual_seed(0)
     widths = {
         "encoder_hidden_states": (
-            LENGTH,
+            _first(config, "max_text_seq_length") or LENGTH,
             _first(config, "joint_attention_dim", "caption_channels", "text_embed_dim", "cross_attention_dim"),
         ),
         "pooled_projections": (_first(config, "pooled_projection_dim"),),

@@ -47,7 +47,7 @@ def explain(
     violated = next((text for text in texts if "Constraints violated" in text), "")
     if violated:
         guards = _guards(module, example, specs, declared)
-        return _dynamic(violated, declared, guards)
+        return _dynamic(violated, specs, declared, guards)
     line = _line(failures)
     dependent = next((text for text in texts if "data-dependent" in text or "Data-dependent" in text), "")
     if dependent:
@@ -74,7 +74,9 @@ def _line(failures: Sequence[Exception]) -> str:
     return frames or next(filter(None, (mentioned(str(failure)) for failure in failures)), "")
 
 
-def _dynamic(text: str, declared: Mapping[str, Declared], guards: Sequence[tuple[str, str]]) -> OptpassError:
+def _dynamic(
+    text: str, specs: Sequence[TensorSpec], declared: Mapping[str, Declared], guards: Sequence[tuple[str, str]]
+) -> OptpassError:
     """The tracer's suggested fix, said of the user's input and axis."""
     fixes = {m["name"]: m["fix"] for m in FIX.finditer(text.partition("Suggested fixes:")[2])}
     name, fix = next(((n, f) for n, f in fixes.items() if n in declared), ("", ""))
@@ -82,7 +84,9 @@ def _dynamic(text: str, declared: Mapping[str, Declared], guards: Sequence[tuple
         return OptpassError("dynamic-range", text.strip().splitlines()[-1].strip(" -"), "use --static")
     place, axis = declared[name].places[0]
     if fix.isdigit():
-        return constant(place, axis, int(fix), _guarded_by(guards, f", {fix})"))
+        return constant(
+            place, axis, int(fix), specs, _guarded_by(guards, rf"Eq\(s\d+, {fix}\)|Eq\({fix}, s\d+\)", r"Eq\(")
+        )
     if fix in declared:
         other, other_axis = declared[fix].places[0]
         return OptpassError(
@@ -104,8 +108,10 @@ def _dynamic(text: str, declared: Mapping[str, Declared], guards: Sequence[tuple
     )
 
 
-def _guarded_by(guards: Sequence[tuple[str, str]], part: str) -> str:
-    return next((line for expression, line in guards if part in expression and line), "")
+def _guarded_by(guards: Sequence[tuple[str, str]], *patterns: str) -> str:
+    """The line of the first guard that matches the first pattern that any guard matches."""
+    found = (line for pattern in patterns for expression, line in guards if line and re.search(pattern, expression))
+    return next(found, "")
 
 
 def _guards(

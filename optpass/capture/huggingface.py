@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import json
 import logging
-import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,9 @@ def check_weights(path: Path, stem: str) -> None:
             raise OptpassError("corrupt-file", f"{index} is no index of weights", "copy the file again") from error
     for file in files:
         if not file.is_file():
-            raise OptpassError("missing-weights", f"there is no {file}", "save the model as safetensors")
+            raise OptpassError(
+                "missing-weights", f"there is no {file}", "save the model with save_pretrained, as safetensors"
+            )
         try:
             with safe_open(file, "pt") as opened:
                 opened.keys()
@@ -70,24 +74,35 @@ def check_weights(path: Path, stem: str) -> None:
 def load_model(name: str, path: Path, tensors: Mapping[str, torch.Tensor]) -> Source:
     """Load the class that config.json names, every weight from the files, in float32."""
     transformers = library("transformers")
-    architectures = read_config(path).get("architectures") or []
-    if not architectures:
+    config = read_config(path)
+    named = config.get("architectures") or []
+    architecture = named if isinstance(named, str) else next(iter(named), None)
+    if architecture is None:
         raise OptpassError(
             "no-architecture", f"config.json of {name} names no architecture", 'add "architectures": ["<class>"] to it'
         )
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
+    cls = getattr(transformers, str(architecture), None) or _unlisted(str(config.get("model_type")), str(architecture))
+    if not hasattr(cls, "from_pretrained") or not hasattr(cls, "forward"):
         raise OptpassError(
             "unknown-architecture",
-            f"transformers {transformers.__version__} has no class {architectures[0]}",
+            f"transformers {transformers.__version__} has no model class {architecture}",
             "write a module:factory that builds the model",
         )
     check_weights(path, "model")
-    module = checked(
-        name, lambda: cls.from_pretrained(path, output_loading_info=True, dtype=torch.float32, use_safetensors=True)
-    )
+    options = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    module = checked(name, lambda: cls.from_pretrained(path, output_loading_info=True, **options))
     kwargs = hugging_face_inputs(module, tensors)
     return Source(name, module, (), kwargs)
+
+
+def _unlisted(model_type: str, architecture: str) -> Any:
+    """A class that transformers has but does not list, such as the encoder of an encoder and decoder."""
+    folder = model_type.replace("-", "_")
+    try:
+        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    except ImportError:
+        return None
+    return getattr(module, architecture, None)
 
 
 def checked(name: str, load: Any) -> nn.Module:
@@ -100,7 +115,14 @@ def checked(name: str, load: Any) -> nn.Module:
         raise OptpassError(
             "model-load", f"{name} cannot be loaded: {first}", "check config.json and the weights"
         ) from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
+    mismatched = (key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys") or ())
+    missing = sorted(info["missing_keys"])
+    if wrong := sorted(map(str, mismatched)):
+        raise OptpassError(
+            "missing-weights",
+            f"weight {wrong[0]} of {name} has another shape than config.json asks for",
+            "the weights and config.json must match",
+        )
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise OptpassError(
@@ -126,12 +148,10 @@ def library(name: str) -> Any:
 def _silent() -> Iterator[None]:
     """Keep progress bars and load reports of the library off the user's terminal."""
     before = logging.root.manager.disable
-    bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     logging.disable(logging.CRITICAL)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
-        if bars is None:
-            del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
+import itertools
 import operator
+import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +53,7 @@ def flat_call(source: Source) -> Call:
 
     def take(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
+            name = identifier(name, "input")
             if name in names:
                 raise OptpassError("input-names", f"two inputs are named {name}", "rename the argument or the key")
             names.append(name)
@@ -69,6 +73,24 @@ def flat_call(source: Source) -> Call:
     return Call(tuple(names), tuple(tensors), args, kwargs)
 
 
+def identifier(name: str, prefix: str) -> str:
+    """``name`` as a word that an engine and a keyword argument can bear."""
+    word = re.sub(r"\W+", "_", name).strip("_")
+    return word if word.isidentifier() else f"{prefix}_{word}".rstrip("_")
+
+
+def check_names(module: nn.Module, names: Iterable[str]) -> None:
+    """Refuse an input that ``forward`` does not take."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in names:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"inputs are {', '.join(parameters)}"
+            raise OptpassError("input-names", f"the model has no input {name}", remedy)
+
+
 def positional_names(module: nn.Module, count: int) -> list[str]:
     """Names of the first ``count`` positional arguments of a call of ``module``."""
     names: list[str] = []
@@ -84,9 +106,11 @@ def positional_names(module: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
-def wrap(module: nn.Module, call: Call, example: Sequence[Tensor]) -> tuple[fx.GraphModule, list[str]]:
-    """A module of flat tensors around ``module``, and the names of its outputs, learned from one run."""
-    result = _run(module, call, example)
+def wrap(
+    module: nn.Module, call: Call, example: Sequence[Tensor]
+) -> tuple[fx.GraphModule, list[str], tuple[Tensor, ...]]:
+    """A module of flat tensors around ``module``, and the names and values of its outputs, learned from one run."""
+    result = _run(module, call, [tensor.clone() for tensor in example])
     leaves = list(_leaves("", result, ()))
     if not leaves:
         raise OptpassError(
@@ -96,13 +120,25 @@ def wrap(module: nn.Module, call: Call, example: Sequence[Tensor]) -> tuple[fx.G
     inputs = [graph.placeholder(name) for name in call.names]
     value = graph.call_module(WRAPPED, _fill(call.args, inputs), _fill(dict(call.kwargs), inputs))
     outputs = []
+    results = []
     for _, steps in leaves:
-        leaf = value
+        leaf, tensor = value, result
         for function, key in steps:
-            leaf = graph.call_function(function, (leaf, key))
+            leaf, tensor = graph.call_function(function, (leaf, key)), function(tensor, key)
         outputs.append(leaf)
+        results.append(tensor)
     graph.output(tuple(outputs))
-    return fx.GraphModule({WRAPPED: module}, graph), [name for name, _ in leaves]
+    names = _distinct([identifier(name, "output") for name, _ in leaves])
+    return fx.GraphModule({WRAPPED: module}, graph), names, tuple(results)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind one that is already taken."""
+    distinct: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{i}" for i in itertools.count(2))
+        distinct.append(name if name not in distinct else next(n for n in numbered if n not in {*names, *distinct}))
+    return distinct
 
 
 def _fill(value: Any, items: Sequence[Any]) -> Any:
@@ -157,7 +193,7 @@ def _leaves(name: str, value: Any, steps: tuple[Step, ...]) -> Iterator[tuple[st
     else:
         raise OptpassError(
             "output-type",
-            f"output {name or 'of the model'} is a {type(value).__name__}, not a tensor",
+            f"output {name or 'of the model'} is of type {type(value).__name__}, not a tensor",
             "switch it off (a cache by use_cache=False) or return tensors",
         )
 

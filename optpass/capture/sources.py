@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +18,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
+from optpass.capture.failure import quiet
 from optpass.capture.lines import innermost
 from optpass.errors import OptpassError, Place
 
 FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<factory>[A-Za-z_]\w*)")
+LEAST = 3
+"""The smallest upper end that a range of a dynamic dimension may have."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -43,7 +48,7 @@ class Source:
 
 def resolve(source: Source | str | os.PathLike[str] | tuple[Any, ...], inputs: Mapping[str, Any]) -> Source:
     """Find the model that ``source`` names, with ``inputs`` in place of its own examples of the same name."""
-    tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    tensors = {name: _tensor(name, value) for name, value in inputs.items()}
     if isinstance(source, Source):
         return _with_inputs(source, tensors)
     if isinstance(source, tuple | nn.Module):
@@ -76,9 +81,10 @@ def resolve(source: Source | str | os.PathLike[str] | tuple[Any, ...], inputs: M
 
 def from_result(name: str, result: Any) -> Source:
     """A factory's result: ``(module, args, kwargs)``, ``(module, args)``, or a module with ``example_inputs``."""
-    if isinstance(result, tuple) and result and isinstance(result[0], nn.Module):
-        module, args, kwargs = (*result, (), {})[:3] if len(result) < 3 else result[:3]
-        return Source(name, module, tuple(args), dict(kwargs), getattr(module, "dynamic", ()))
+    if isinstance(result, tuple) and 1 < len(result) <= 3 and isinstance(result[0], nn.Module):
+        module, *call = result
+        args, kwargs = call if len(call) == 2 else ((), call[0]) if isinstance(call[0], Mapping) else (call[0], {})
+        return Source(name, module, _positional(args), dict(kwargs), getattr(module, "dynamic", ()))
     if isinstance(result, nn.Module):
         examples = getattr(result, "example_inputs", None)
         if examples is None:
@@ -91,17 +97,31 @@ def from_result(name: str, result: Any) -> Source:
         dynamic = getattr(result, "dynamic", ())
         if isinstance(examples, Mapping):
             return Source(name, result, (), dict(examples), dynamic)
-        return Source(name, result, tuple(examples), {}, dynamic)
+        return Source(name, result, _positional(examples), {}, dynamic)
     raise OptpassError(
         "not-a-model", f"{name} gives a {type(result).__name__}, not a model", "return (module, args, kwargs)"
     )
 
 
+def _positional(args: Any) -> tuple[Any, ...]:
+    return (args,) if isinstance(args, torch.Tensor) else tuple(args)
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptpassError(
+            "input-dtype", f"input {name} is no tensor: {_first_line(error)}", "give numbers or booleans"
+        ) from error
+
+
 def _with_inputs(source: Source, tensors: Mapping[str, torch.Tensor]) -> Source:
     if not tensors:
         return source
-    from optpass.capture.signature import positional_names
+    from optpass.capture.signature import check_names, positional_names
 
+    check_names(source.module, tensors)
     positions = positional_names(source.module, len(source.args))
     args = tuple(tensors.get(name, value) for name, value in zip(positions, source.args, strict=True))
     rest = {name: value for name, value in tensors.items() if name not in positions}
@@ -133,7 +153,10 @@ def _from_file(name: str, path: Path) -> Source:
         }.get(path.suffix, "name a directory, a .pt2 file or module:factory")
         raise OptpassError("not-a-model", f"{name} is no model that can be captured", remedy)
     try:
-        exported = torch.export.load(path)
+        with zipfile.ZipFile(path) as archive, quiet():
+            if broken := archive.testzip():  # torch reads weights without looking at their checksum
+                raise ValueError(f"the checksum of {broken} is wrong")
+            exported = torch.export.load(path)
     except Exception as error:  # the reader of archives raises errors of many types on damaged ones
         raise OptpassError(
             "corrupt-file", f"{name} is no readable torch.export file: {_first_line(error)}", "write it again"
@@ -143,7 +166,28 @@ def _from_file(name: str, path: Path) -> Source:
     args, kwargs = exported.example_inputs
     module = exported.module(check_guards=False)
     module.eval = lambda *_: module  # type: ignore[method-assign]  # an exported graph has no train mode to leave
-    return Source(name, module, args, kwargs)
+    source = Source(name, module, args, kwargs)
+    return replace(source, dynamic=_dynamic_of(exported, source))
+
+
+def _dynamic_of(exported: ExportedProgram, source: Source) -> list[str]:
+    """The dynamic dimensions of an exported graph that are sizes of inputs and bounded, in the grammar of --dynamic."""
+    from optpass.capture.signature import flat_call
+
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    users = [values.get(str(user)) for user in exported.graph_signature.user_inputs]
+    tensors = [value for value in users if isinstance(value, torch.Tensor)]
+    names: dict[str, str] = {}
+    texts = []
+    for name, value in zip(flat_call(source).names, tensors, strict=True):
+        for axis, size in enumerate(value.shape):
+            symbol = getattr(getattr(size, "node", None), "expr", None)
+            bounds = exported.range_constraints.get(symbol)
+            if bounds is None or not str(bounds.upper).isdigit() or int(bounds.upper) < LEAST:
+                continue
+            dimension = names.setdefault(str(symbol), f"{name}_{axis}")
+            texts.append(f"{name}:{axis}={dimension}:{max(1, int(bounds.lower))}..{int(bounds.upper)}")
+    return texts
 
 
 def _from_factory(name: str, module_name: str, factory_name: str) -> Source:
