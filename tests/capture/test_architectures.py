@@ -1,0 +1,32 @@
+"""All thirty architectures are captured, with the outputs of the module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optpass.capture import capture
+from tests.architectures import FACTORIES, NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_capture_gives_the_outputs_of_the_module(name: str) -> None:
+    module, args, kwargs = FACTORIES[name]()
+    stage = capture((module, args, kwargs)).main
+    with torch.no_grad():
+        result = module(*args, **kwargs)
+    expected = dict(result) if isinstance(result, dict) else {"output": result[0]}
+    got = dict(zip([spec.name for spec in stage.outputs], stage.run(stage.example), strict=True))
+    tensors = {key: value for key, value in expected.items() if isinstance(value, torch.Tensor)}
+    assert tensors
+    assert all(torch.equal(got[key], value) for key, value in tensors.items())
+
+
+def test_no_architecture_is_lost() -> None:
+    assert len(NAMES) >= 30
+
+
+def test_nested_outputs_are_named_by_their_path() -> None:
+    names = [spec.name for spec in capture(FACTORIES["clip_dual"]()).main.outputs]
+    assert names[:2] == ["logits_per_image", "logits_per_text"]
+    assert names[-1] == "vision_model_output_pooler_output"
