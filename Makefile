@@ -16,7 +16,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 demo: $(READY)
-	OMP_NUM_THREADS= $(BIN)/python -m optpass.zoo.fashion_vit.demo
+	OMP_NUM_THREADS= $(BIN)/optpass demo
 
 train: $(READY)
 	OMP_NUM_THREADS= $(BIN)/optpass zoo train fashion-vit --output out/fashion-vit

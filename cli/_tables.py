@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -131,6 +131,20 @@ def show_metric(rows: Sequence[Metric], console: Console) -> None:
     for label in dict.fromkeys(row.label for row in rows):
         console.print(escape(label), soft_wrap=True)
     console.print()
+
+
+def show_arms(arms: Mapping[str, Sequence[Metric]], console: Console) -> None:
+    """The metric of several schedules on the same engines, one row each, beside that of the unmodified model."""
+    table = _table("quality on the engine, with 95 % intervals")
+    for heading in ("schedule", "metric"):
+        table.add_column(heading)
+    for heading in ("samples", "before", "after", "drop"):
+        table.add_column(heading, justify="right")
+    for arm, rows in arms.items():
+        for row in rows:
+            numbers = (interval(row.dense, ".4f"), interval(row.optimized, ".4f"), interval(row.drop, "+.4f"))
+            table.add_row(escape(arm), escape(row.name), f"{row.samples}", *numbers)
+    console.print(table)
 
 
 def show_latency(rows: Sequence[Latency], console: Console) -> None:

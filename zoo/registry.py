@@ -25,6 +25,8 @@ class Entry(Protocol):
 
     METRIC: str
     SUMMARY: str
+    SCHEDULE: str
+    CONTROL: str
     factory: Callable[[], tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
     test_split: Callable[[int], dict[str, NDArray[np.generic]]]
 
