@@ -169,7 +169,6 @@ def show_latency(rows: Sequence[Latency], console: Console) -> None:
             _coloured(row.verdict),
         )
     console.print(table)
-    console.print()
 
 
 def interval(value: Interval, form: str, unit: str = "") -> str:

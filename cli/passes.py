@@ -66,7 +66,7 @@ def _details(one: Any, console: Console) -> None:
         cells = (option.name, option.type, option.default, option.description)
         table.add_row(*(_cell(value) for value in cells))
     console.print(table)
-    example = ",".join(f"{o.name}={_cell(o.default)}" for o in one.options[:2])
+    example = ",".join(f"{o.name}={o.default}" for o in one.options if o.default is not None)
     console.print(f"optpass optimize MODEL --passes '{one.name}({example})' --out DIR", markup=False, soft_wrap=True)
 
 
