@@ -143,11 +143,9 @@ def _raise_attention(graph: Graph, node: Node) -> None:
         bias = (at.args[0], at.kwargs.get("beta", 1))
     else:
         bias = None
-    lead = after.meta["val"].shape[:-2]
-    rank = len(lead) + 2
+    rank = after.meta["val"].dim()
     if any(n.meta["val"].dim() != rank for n in (query, key, value)):  # type: ignore[union-attr]
         return
-    scores = at.meta["val"].shape
     if any(len(m.meta["val"].shape) > rank and len(m.meta["val"].shape) != node.meta["val"].dim() for m in masks):
         return
 
@@ -155,16 +153,20 @@ def _raise_attention(graph: Graph, node: Node) -> None:
         rest = list(extra)
         mask = None
         if bias is not None:
-            mask = rest.pop() * bias[1] if bias[1] != 1 else rest.pop()
+            mask = rest.pop()
+            mask = aten.mul.Tensor(mask, bias[1]) if bias[1] != 1 else mask
+        ends = [q.shape[-2], k.shape[-1]]
         for m in rest:
-            m = m.to(q.dtype)
+            m = m if m.dtype == q.dtype else aten.to.dtype(m, q.dtype)
             if m.dim() != rank:
                 full = node.meta["val"].shape
-                m = m.expand(full).reshape(*scores)
-            mask = m if mask is None else mask + m
+                lead = [s if isinstance(s, int) else m.shape[i] for i, s in enumerate(full[:-2])]
+                m = aten.reshape.default(aten.expand.default(m, [*lead, *ends]), [*q.shape[:-2], *ends])
+            mask = m if mask is None else aten.add.Tensor(mask, m)
         if mask is not None and mask.dim() < rank:
-            mask = mask.expand(scores)
-        return aten.scaled_dot_product_attention.default(q, k.transpose(-2, -1), v, mask, 0.0, False, scale=scale)
+            mask = aten.expand.default(mask, [*q.shape[:-2], *ends])
+        swapped = aten.transpose.int(k, -2, -1)
+        return aten.scaled_dot_product_attention.default(q, swapped, v, mask, 0.0, False, scale=scale)
 
     inputs = [query, key, value, *masks] + ([bias[0]] if bias is not None else [])
     if any(len(s.meta["val"].shape) == 0 for s in masks):

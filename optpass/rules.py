@@ -661,6 +661,19 @@ def sort(walker: Walker, node: Node) -> Tracked | Several:
     return [Tracked(values, (after,), value.level, False), Tracked(order, (after,), value.level, False, rows=True)]
 
 
+@rule("floor_divide")
+def floor_divide(walker: Walker, node: Node) -> Tracked:
+    """Of row numbers, by how often each token was repeated: the rows of the tokens themselves."""
+    if len(inputs_of(node)) > 1:
+        return pointwise(walker, node)
+    value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
+    if not value.rows:
+        return pointwise(walker, node)
+    repeats = layout[0][0].members[-1] if layout[0][0].kind == "rows" else layout[0][-1]
+    only(repeats.kind == "plain" and same(repeats.size, node.args[1]), "it computes with row numbers")
+    return replace(value, proxy=remake(walker, node, {node.args[0]: value.proxy}))  # type: ignore[dict-item]
+
+
 @rule("index")
 def index(walker: Walker, node: Node) -> Tracked:
     """Rows by row numbers of the new space; any other index means the old one."""

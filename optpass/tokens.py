@@ -404,7 +404,9 @@ class Concat(TokenMap):
         return torch.cat([part.pick(piece) for part, piece in zip(self.parts, self._split(x, counts), strict=True)], 1)
 
     def restore(self, y: Value, stale: Value | None = None) -> Value:
-        old = self._split(stale, [p.source for p in self.parts]) if stale is not None else [None] * len(self.parts)
+        if stale is None:
+            stale = [None] * len(self.parts)
+        old = stale if isinstance(stale, list) else self._split(stale, [p.source for p in self.parts])
         new = self._split(y, [p.target for p in self.parts])
         return torch.cat([part.restore(n, o) for part, n, o in zip(self.parts, new, old, strict=True)], 1)
 
