@@ -1,0 +1,722 @@
+"""A captured stage as an ONNX graph that engines run fast.
+
+The aten graph is brought into a form that engines have kernels for, then translated by torch's own table of ONNX
+functions. Two things are left out of ``torch.onnx.export`` because they are most of its time and change nothing here:
+the re-trace that decomposes ops (done only if the graph holds an op without a translation) and the optimizer passes
+(engines fold constants themselves). Everything is one walk over the nodes, so time is linear in depth.
+
+Attention becomes ``com.microsoft.MultiHeadAttention`` on ``[batch, tokens, heads * head_dim]``, the layout in which
+the linear layers around it already work, so that no transpose is left. Both ONNX Runtime and OpenVINO have it as one
+fused kernel; OpenVINO takes the standard ``Attention`` of opset 23 apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnxscript import opset18 as op
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.onnx._internal.exporter import _core, _fx_passes, _registration, _tensors
+
+from optpass.errors import OptpassError
+from optpass.program import Stage, op_name, place_of
+
+aten = torch.ops.aten
+
+OPSET = 18
+"""That of torch's translations, so that no version conversion is needed."""
+
+CONTRIB = "com.microsoft"
+
+
+def translate(stage: Stage) -> ir.Model:
+    """The stage as an ONNX model with the names and dynamic dimensions of its specs.
+
+    Raises:
+        OptpassError: an op has no translation; names it and its place in the user's model.
+    """
+    with _quiet():
+        program = _prepared(stage)
+        try:
+            model = _core._exported_program_to_onnx_program(program, registry=_registry()).model
+        except Exception as error:  # torch raises its own types, whose module is private
+            raise _untranslated(error, program) from error
+    model.opset_imports[""] = OPSET
+    if any(node.domain == CONTRIB for node in model.graph):
+        model.opset_imports[CONTRIB] = 1
+    _fold_transposed_weights(model)
+    _forget(model)
+    _name(model, stage)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes torch logs about packages it lacks, which the user can do nothing about."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@functools.cache
+def _registry() -> _registration.ONNXRegistry:
+    registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for target, function in TRANSLATIONS.items():
+        registry.register_op(target, function, is_complex=False)
+    return registry
+
+
+def _untranslated(error: Exception, program: ExportedProgram) -> OptpassError:
+    """The innermost cause, at the node that torch names in its message."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    named = [node for node in program.graph.nodes if f"%{node.name} :" in str(error)]
+    text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    return OptpassError(
+        "not-lowered",
+        f"an op has no translation to ONNX: {text[:200]}",
+        "write that part of the model with ops that have one",
+        place_of(named[0]) if named else None,
+    )
+
+
+# The aten graph, in the form to be translated
+
+
+def _prepared(stage: Stage) -> ExportedProgram:
+    program = stage.exported
+    if any(not _translatable(node) for module in _modules(program) for node in module.graph.nodes):
+        # As torch.onnx does: sizes of 0 and 1 must not become constants on the way.
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            program = _fx_passes.decompose_with_registry(program, _registry())
+    program = copy.copy(program)
+    program._graph_module = _copied(program.graph_module)
+    graph = program.graph
+    _skip_no_ops(graph)
+    masks = Masks(stage, program)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.scaled_dot_product_attention.default:
+            _attend(node, masks)
+        elif node.target in RESHAPES:
+            _reshape_by_constants(node)
+    graph.eliminate_dead_code(_has_effect)
+    if any(_mixes_dtypes(node) for module in _modules(program) for node in module.graph.nodes):
+        _fx_passes.insert_type_promotion_nodes(program.graph_module)
+    _fx_passes.remove_assertion_nodes(program.graph_module)
+    return program
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    """A copy whose nodes have the same names, which the signature of a program refers to."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return GraphModule(module, graph)
+
+
+def _modules(program: ExportedProgram) -> list[GraphModule]:
+    return [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+
+
+ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
+
+
+def _translatable(node: Node) -> bool:
+    if node.op != "call_function" or node.target in TRANSLATIONS:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload) and op_name(node) not in (*ASSERTIONS, *NO_OPS):
+        return _registry().is_registered(node.target)
+    return True
+
+
+NO_OPS = ("dropout", "alias", "contiguous", "clone", "detach", "lift_fresh_copy", "detach_")
+
+
+def _skip_no_ops(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+            continue
+        drops = op_name(node) == "dropout" and node.args[2]
+        if (op_name(node) in NO_OPS and not drops) or _changes_nothing(node, node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _changes_nothing(node: Node, source: Node) -> bool:
+    if node.target not in RESHAPES and op_name(node) not in ("expand", "to", "_to_copy", "type_as"):
+        return False
+    old, new = source.meta["val"], node.meta["val"]
+    return old.dtype == new.dtype and str(list(old.shape)) == str(list(new.shape))
+
+
+def _has_effect(node: Node) -> bool:
+    """Attention counts as impure in torch, for the dropout it could have."""
+    return node.op in ("placeholder", "output")
+
+
+KEEPS_DTYPES = ("where", "to", "_to_copy", "masked_fill", "clamp", "clone", "copy")
+
+
+def _mixes_dtypes(node: Node) -> bool:
+    """Whether a pointwise op relies on type promotion, which ONNX does not have."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+        return False
+    made = node.meta.get("val")
+    tensors = [arg.meta.get("val") for arg in node.args if isinstance(arg, Node)]
+    dtypes = {value.dtype for value in tensors if isinstance(value, torch.Tensor)}
+    if op_name(node) == "where":
+        dtypes -= {torch.bool}
+    if len(dtypes) > 1:
+        return True
+    if op_name(node) in KEEPS_DTYPES or not isinstance(made, torch.Tensor):
+        return False
+    if made.dtype is torch.bool:
+        floats = any(isinstance(arg, float) for arg in node.args)
+        return floats and not any(dtype.is_floating_point for dtype in dtypes)
+    return bool(dtypes) and made.dtype not in dtypes
+
+
+# Reshape
+
+
+def reshape(value: Any, sizes: Sequence[int]) -> Any:
+    """Target of a reshape by constants: 0 keeps the size at that place, -1 is what is left."""
+    raise NotImplementedError
+
+
+RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+
+
+def _reshape_by_constants(node: Node) -> None:
+    """Write sizes as constants, so that engines see the layout and no arithmetic on shapes is left."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    sizes = _sizes(source.meta["val"].shape, node.meta["val"].shape)
+    if sizes is None:
+        return
+    node.target, node.args, node.kwargs = reshape, (source, sizes), {}
+
+
+def _sizes(old: Sequence[Any], new: Sequence[Any]) -> list[int] | None:
+    sizes = [
+        size if isinstance(size, int) else 0 if axis < len(old) and str(old[axis]) == str(size) else -1
+        for axis, size in enumerate(new)
+    ]
+    static_zero = any(isinstance(size, int) and size == 0 for size in new)
+    return None if static_zero or sizes.count(-1) > 1 else sizes
+
+
+# Attention
+
+
+def attention(query: Any, key: Any, value: Any, bias: Any, heads: int, scale: float, causal: bool) -> Any:
+    """Target of an attention on ``[batch, tokens, heads * head_dim]``; the bias is rank 4 or None."""
+    raise NotImplementedError
+
+
+def _attend(node: Node, masks: Masks) -> None:
+    """Replace an attention on ``[batch, heads, tokens, head_dim]`` by one in the layout of the linear layers."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    query, key, value = given["query"], given["key"], given["value"]
+    shapes = [n.meta["val"].shape for n in (query, key, value)]
+    if any(len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int) for shape in shapes):
+        return
+    if node.meta["val"].dtype not in (torch.float32, torch.float16):
+        return
+    heads, groups = shapes[0][1], shapes[1][1]
+    if len({str(shape[0]) for shape in shapes}) > 1 or heads % groups or groups != shapes[2][1]:
+        return
+    mask, causal = given.get("attn_mask"), bool(given.get("is_causal", False))
+    square = str(shapes[0][2]) == str(shapes[1][2])
+    kind = masks.kind(mask) if mask is not None else "nothing"
+    if kind == "causal" and square:
+        mask, causal = None, True
+    elif kind == "nothing":
+        mask = None
+    if causal and not square:
+        return
+    graph = node.graph
+    scale = float(shapes[0][3]) ** -0.5 if given.get("scale") is None else float(given["scale"])
+    with graph.inserting_before(node):
+        bias, rows = masks.bias(graph, mask, query, key) if mask is not None else (None, None)
+        flat = [_flat(graph, n, heads // shape[1]) for n, shape in zip((query, key, value), shapes, strict=True)]
+        made = graph.call_function(attention, (*flat, bias, heads, scale, causal))
+        made.meta = {**node.meta, "val": node.meta["val"].transpose(1, 2).flatten(2)}
+        if rows is not None:
+            meta = made.meta
+            made = graph.call_function(aten.mul.Tensor, (made, rows))
+            made.meta = dict(meta)
+    merges = [_merge_of(user) for user in node.users]
+    for end in (end for ends in merges for end in ends):
+        end.replace_all_uses_with(made)
+    if all(merges):
+        return
+    with graph.inserting_before(node):
+        split = graph.call_function(reshape, (made, [0, 0, heads, shapes[2][3]]))
+        split.meta = {**node.meta, "val": node.meta["val"].transpose(1, 2)}
+        back = graph.call_function(aten.transpose.int, (split, 1, 2))
+        back.meta = dict(node.meta)
+    node.replace_all_uses_with(back)
+
+
+def _merge_of(user: Node) -> list[Node]:
+    """The reshapes to ``[batch, tokens, heads * head_dim]`` behind a transpose of heads and tokens; all or none."""
+    if not _swaps_heads(user):
+        return []
+    lead = user.meta["val"].shape
+    after = [n for n in user.users if op_name(n) not in ("contiguous", "clone")]
+    if len(after) < len(user.users):
+        return []
+    ends = []
+    for n in after:
+        if n.target not in RESHAPES:
+            return []
+        shape = n.meta["val"].shape
+        if len(shape) != 3 or str(shape[1]) != str(lead[1]) or shape[2] != lead[2] * lead[3]:
+            return []
+        ends.append(n)
+    return ends
+
+
+def _swaps_heads(node: Node) -> bool:
+    if node.target is aten.transpose.int:
+        return {axis % 4 for axis in node.args[1:]} == {1, 2}  # type: ignore[operator]
+    return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+
+
+def _flat(graph: Graph, node: Node, repeat: int) -> Node:
+    """``[batch, heads, tokens, head_dim]`` in the layout of the linear layers, grouped heads repeated."""
+    value = node.meta["val"]
+    if repeat == 1 and _swaps_heads(node):
+        split = node.args[0]
+        assert isinstance(split, Node)
+        if split.target in (*RESHAPES, reshape):
+            whole = split.args[0]
+            assert isinstance(whole, Node)
+            shape = whole.meta["val"].shape
+            if len(shape) == 3 and shape[2] == value.shape[1] * value.shape[3] and str(shape[1]) == str(value.shape[2]):
+                return whole
+    swapped = graph.call_function(aten.transpose.int, (node, 1, 2))
+    swapped.meta = {**node.meta, "val": value.transpose(1, 2)}
+    if repeat > 1:
+        swapped = _repeated(graph, swapped, repeat)
+    whole = swapped.meta["val"].flatten(2)
+    merged = graph.call_function(reshape, (swapped, [0, 0, whole.shape[2]]))
+    merged.meta = {**node.meta, "val": whole}
+    return merged
+
+
+def _repeated(graph: Graph, node: Node, repeat: int) -> Node:
+    """``[batch, tokens, heads, head_dim]`` with each head ``repeat`` times in a row."""
+    value = node.meta["val"]
+    wide = graph.call_function(aten.unsqueeze.default, (node, 3))
+    wide.meta = {**node.meta, "val": value.unsqueeze(3)}
+    copies = graph.call_function(aten.cat.default, ([wide] * repeat, 3))
+    copies.meta = {**node.meta, "val": value.unsqueeze(3).expand(-1, -1, -1, repeat, -1)}
+    merged = graph.call_function(reshape, (copies, [0, 0, value.shape[2] * repeat, value.shape[3]]))
+    merged.meta = {**node.meta, "val": value.repeat_interleave(repeat, 2)}
+    return merged
+
+
+ATTENDS_ALL, CAUSAL = "nothing", "causal"
+
+
+class Masks:
+    """What the masks of a program do, and their form for the attention kernel, each made once.
+
+    A mask that depends on its inputs through sizes alone is evaluated at the smallest, the example and the largest
+    sizes. One that masks nothing is dropped; one that is a lower triangle becomes the flag that kernels have for it.
+    """
+
+    def __init__(self, stage: Stage, program: ExportedProgram) -> None:
+        self.trials = trials(stage)
+        self.constants = _constants(program)
+        self.symbols = _symbols(stage, program)
+        self.kinds: dict[Node, str] = {}
+        self.known: dict[Node, list[Any] | None] = {}
+        self.biases: dict[tuple[Node, str, str], tuple[Node, Node | None]] = {}
+
+    def kind(self, mask: Node) -> str:
+        """``nothing`` if it masks nothing, ``causal`` for a lower triangle, else ``other``."""
+        if mask not in self.kinds:
+            self.kinds[mask] = self._kind(mask)
+        return self.kinds[mask]
+
+    def _kind(self, mask: Node) -> str:
+        moved = mask
+        while moved.op == "call_function" and op_name(moved) in MOVES and isinstance(moved.args[0], Node):
+            # Moving the elements of a mask that masks nothing about gives one that masks nothing.
+            values = self._values(moved)
+            if values is not None:
+                break
+            moved = moved.args[0]
+        values = self._values(moved)
+        if values is None:
+            return "other"
+        if all(bool(value.all()) if value.dtype == torch.bool else not bool(value.any()) for value in values):
+            return ATTENDS_ALL
+        return CAUSAL if moved is mask and all(_is_lower_triangle(value) for value in values) else "other"
+
+    def bias(self, graph: Graph, mask: Node, query: Node, key: Node) -> tuple[Node, Node | None]:
+        """The mask as an additive ``[batch or 1, heads or 1, queries, keys]``, and which rows attend to anything.
+
+        The rows are ``[batch or 1, queries, 1]``, 0 where all is masked: there torch returns 0, while a softmax of
+        equal values returns the mean. None for a float mask, whose values torch itself takes as they are.
+        """
+        sizes = query.meta["val"].shape[2], key.meta["val"].shape[2]
+        place = mask, str(sizes[0]), str(sizes[1])
+        if place not in self.biases:
+            self.biases[place] = self._bias(graph, mask, query, key)
+        return self.biases[place]
+
+    def _bias(self, graph: Graph, mask: Node, query: Node, key: Node) -> tuple[Node, Node | None]:
+        dtype = query.meta["val"].dtype
+        made = mask
+        for _ in range(4 - mask.meta["val"].dim()):
+            made = _call(graph, aten.unsqueeze.default, made, 0)
+        rows = None
+        if mask.meta["val"].dtype == torch.bool:
+            if made.meta["val"].shape[1] == 1:
+                attended = _call(graph, aten.any.dim, made, -1, True)
+                rows = _call(graph, aten._to_copy.default, _call(graph, aten.select.int, attended, 1, 0), dtype=dtype)
+            value = made.meta["val"]
+            bias = graph.call_function(bias_of, (made, dtype))
+            bias.meta = {"val": value.to(dtype)}
+            made = bias
+        elif mask.meta["val"].dtype != dtype:
+            made = _call(graph, aten._to_copy.default, made, dtype=dtype)
+        lengths = []
+        for node, axis in ((query, 2), (key, 3)):
+            size = node.meta["val"].shape[2]
+            same = str(made.meta["val"].shape[axis]) == str(size)
+            lengths.append(-1 if same else size if isinstance(size, int) else _call(graph, aten.sym_size.int, node, 2))
+        if lengths != [-1, -1]:
+            made = _call(graph, aten.expand.default, made, [-1, -1, *lengths])
+        return made, rows
+
+    def _values(self, node: Node) -> list[Any] | None:
+        """The tensor at each trial, None where it depends on data or is too large to look at."""
+        self._evaluate(node)
+        values = self.known[node]
+        return values if values and all(isinstance(value, torch.Tensor) for value in values) else None
+
+    def _evaluate(self, node: Node) -> None:
+        # By a stack of our own: a chain of nodes may be deeper than Python recurses.
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            needed = [] if self._is_size(top) else [n for n in top.all_input_nodes if n not in self.known]
+            if top in self.known or not needed:
+                stack.pop()
+                if top not in self.known:
+                    self.known[top] = self._evaluated(top)
+            elif any(self.known.get(n, True) is None for n in top.all_input_nodes):
+                self.known[top] = None
+            else:
+                stack.append(needed[0])
+
+    @staticmethod
+    def _is_size(node: Node) -> bool:
+        return node.target is aten.sym_size.int
+
+    def _evaluated(self, node: Node) -> list[Any] | None:
+        if node.op == "placeholder":
+            return [self.constants[node.name]] * len(self.trials) if node.name in self.constants else None
+        if self._is_size(node):
+            return self._size(node.meta["val"])
+        if node.op != "call_function" or _elements(node) > LARGEST_MASK:
+            return None
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            return None
+        found = [self.known[n] for n in node.all_input_nodes]
+        if any(values is None for values in found):
+            return None
+        results = []
+        for trial in range(len(self.trials)):
+            look = {n: values[trial] for n, values in zip(node.all_input_nodes, found, strict=True) if values}
+            args = torch.fx.node.map_arg((node.args, node.kwargs), look.__getitem__)
+            try:
+                results.append(node.target(*args[0], **args[1]))  # type: ignore[operator]
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return None
+        return results
+
+    def _size(self, value: Any) -> list[Any] | None:
+        if isinstance(value, int):
+            return [value] * len(self.trials)
+        expression = value.node.expr
+        sizes = []
+        for trial in self.trials:
+            known = {s: trial[self.symbols[str(s)]] for s in expression.free_symbols if str(s) in self.symbols}
+            result = expression.subs(known)
+            if not result.is_Integer:
+                return None
+            sizes.append(int(result))
+        return sizes
+
+
+LARGEST_MASK = 1 << 28
+"""In elements at the largest sizes: what may be evaluated in passing."""
+
+MOVES = (
+    "index", "gather", "index_select", "expand", "view", "reshape", "transpose", "permute", "slice", "select",
+    "unsqueeze", "squeeze", "clone", "contiguous",
+)  # fmt: skip
+
+
+def trials(stage: Stage) -> list[dict[str, int]]:
+    """The sizes of the dynamic dimensions at which a stage is tried: smallest, example, largest."""
+    if not stage.ranges:
+        return [{}]
+    example: dict[str, int] = {}
+    for spec, tensor in zip(stage.inputs, stage.example, strict=True):
+        example |= {size: tensor.shape[axis] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+    smallest = {name: bounds.minimum for name, bounds in stage.ranges.items()}
+    largest = {name: bounds.maximum for name, bounds in stage.ranges.items()}
+    found = []
+    for sizes in (smallest, {name: example[name] for name in stage.ranges}, largest):
+        if sizes not in found:
+            found.append(sizes)
+    return found
+
+
+def _elements(node: Node) -> int:
+    """An upper estimate by the hints of the example; expanded views take no memory, so this errs on the safe side."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    total = 1
+    for size in value.shape:
+        total *= size if isinstance(size, int) else 1
+    return total
+
+
+def _is_lower_triangle(value: torch.Tensor) -> bool:
+    rows, columns = value.shape[-2:]
+    if rows != columns:
+        return False
+    lower = torch.ones(rows, columns, dtype=torch.bool).tril()
+    if value.dtype == torch.bool:
+        return bool((value == lower).all())
+    open_ = (value == 0) | ~lower
+    shut = (value <= MASKED) | lower
+    return bool((open_ & shut).all())
+
+
+MASKED = -1e4
+"""An additive mask at or below this leaves a weight of 0 in float32, whatever the scores of a sane model."""
+
+
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    signature = program.graph_signature
+    state = {**program.state_dict, **program.constants}
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    found = {node: state.get(name) for node, name in names.items()}
+    return {node: value for node, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _symbols(stage: Stage, program: ExportedProgram) -> dict[str, str]:
+    """Names of the dynamic dimensions by the symbols that the graph uses for them."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    symbols: dict[str, str] = {}
+    for spec, name in zip(stage.inputs, program.graph_signature.user_inputs, strict=True):
+        shape = nodes[str(name)].meta["val"].shape
+        symbols |= {str(s): size for s, size in zip(shape, spec.shape, strict=True) if isinstance(size, str)}
+    return symbols
+
+
+def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A node with its fake value."""
+    node = graph.call_function(target, args, kwargs)
+    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta = {"val": target(*values[0], **values[1])}
+    return node
+
+
+def bias_of(mask: Any, dtype: Any) -> Any:
+    """Target of 0 where a boolean mask is true, and the lowest finite number elsewhere."""
+    raise NotImplementedError
+
+
+# The ONNX side of the targets above, and of ops that torch translates less well
+
+
+def _onnx_reshape(value: Any, sizes: Sequence[int]) -> Any:
+    return op.Reshape(value, op.Constant(value_ints=list(sizes)))
+
+
+def _onnx_attention(query: Any, key: Any, value: Any, bias: Any, heads: int, scale: float, causal: bool) -> Any:
+    inputs = [query, key, value, *([None, None, bias] if bias is not None else [])]
+    attributes: dict[str, Any] = {"num_heads": heads, "scale": scale}
+    if causal:
+        attributes["unidirectional"] = 1
+    return _contrib("MultiHeadAttention", inputs, attributes)
+
+
+def _contrib(name: str, inputs: Sequence[Any], attributes: dict[str, Any]) -> Any:
+    """A node of ONNX Runtime's own domain, whose schemas onnxscript does not know."""
+    recorder = onnxscript.evaluator.default()
+    made = _tensors.SymbolicTensor(recorder.opset)
+    recorder.nodes.append(ir.node(name, inputs, attributes, domain=CONTRIB, outputs=[made]))
+    return made
+
+
+def _onnx_bias_of(mask: Any, dtype: int) -> Any:
+    lowest = torch.finfo(torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32).min
+    zero, low = (op.Cast(op.Constant(value_float=x), to=int(dtype)) for x in (0.0, lowest))
+    return op.Where(mask, zero, low)
+
+
+def _onnx_linear(value: Any, weight: Any, bias: Any = None) -> Any:
+    product = op.MatMul(value, op.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else op.Add(product, bias)
+
+
+def _onnx_gelu(value: Any, approximate: str = "none") -> Any:
+    # As one node: engines find the form in erf that torch writes only where constants are initializers.
+    return _contrib("Gelu" if approximate == "none" else "FastGelu", [value], {})
+
+
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    reshape: _onnx_reshape,
+    attention: _onnx_attention,
+    bias_of: _onnx_bias_of,
+    aten.linear.default: _onnx_linear,
+    aten.gelu.default: _onnx_gelu,
+}
+"""By target of a node; what is not here is torch's business."""
+
+
+# The ONNX graph, cleaned
+
+
+def _fold_transposed_weights(model: ir.Model) -> None:
+    """Store the weights of linear layers the way they are multiplied, unless something else reads them too."""
+    graph = model.graph
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
+        if weight is None or weight.const_value is None or len(weight.uses()) > 1 or weight.is_graph_output():
+            continue
+        tensor = weight.const_value
+        assert isinstance(tensor, _core.TorchTensor)
+        if len(tensor.shape) != 2:
+            continue
+        made = node.outputs[0]
+        folded = ir.Value(name=f"{weight.name}.T", type=weight.type, shape=ir.Shape(list(tensor.shape)[::-1]))
+        folded.const_value = _core.TorchTensor(tensor.raw.t().contiguous(), name=folded.name)
+        graph.register_initializer(folded)
+        ir.convenience.replace_all_uses_with(made, folded)
+        graph.remove(node, safe=True)
+        del graph.initializers[str(weight.name)]
+
+
+def _forget(model: ir.Model) -> None:
+    """Drop what only the exporter knew: source lines of another machine, and shapes that engines infer themselves."""
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version = "optpass", None
+    used = {value for node in _nodes(model) for value in node.inputs if value is not None}
+    for name, value in list(model.graph.initializers.items()):
+        value.metadata_props.clear()
+        if value not in used and not value.is_graph_output():
+            del model.graph.initializers[name]
+    for node in _nodes(model):
+        node.metadata_props.clear()
+        node.meta.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape, value.type = None, None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+    for function in model.functions.values():
+        yield from ir.traversal.RecursiveGraphIterator(function)
+
+
+def _name(model: ir.Model, stage: Stage) -> None:
+    """Give inputs and outputs the names and dimensions of the specs; other values make way."""
+    graph = model.graph
+    names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
+    inner = [value for node in graph for value in node.outputs] + list(graph.initializers.values())
+    for value in (*graph.inputs, *inner):
+        if value.name in names:
+            value.name = f"{value.name}.inner"
+    for value, spec in zip(graph.inputs, stage.inputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(list(spec.shape))
+    seen: set[ir.Value] = set(graph.inputs) | set(graph.initializers.values())
+    for index, spec in enumerate(stage.outputs):
+        value = graph.outputs[index]
+        if value in seen:
+            copied = ir.node("Identity", [value])
+            copied.outputs[0].type = value.type
+            graph.append(copied)
+            value = graph.outputs[index] = copied.outputs[0]
+        seen.add(value)
+        value.name = spec.name
+        value.shape = ir.Shape(list(spec.shape))
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much rounding a stage does: contractions in a row, at most, and the longest sum in one of them."""
+
+    contractions: int
+    longest: int
+
+
+def work(stage: Stage) -> Work:
+    """Count the contractions of a stage; an upper estimate of those on one path."""
+    count, longest = 0, 1
+    for node in stage.exported.graph.nodes:
+        if node.op != "call_function" or op_name(node) not in CONTRACTIONS:
+            continue
+        count += 1
+        weight = node.args[CONTRACTIONS[op_name(node)]]
+        shape = weight.meta["val"].shape if isinstance(weight, Node) else ()
+        sizes = [size if isinstance(size, int) else 1 for size in shape]
+        if op_name(node).startswith("conv"):
+            longest = max(longest, functools.reduce(int.__mul__, sizes[1:], 1))
+        elif sizes:
+            longest = max(
+                longest, sizes[-1] if op_name(node) in ("linear", "scaled_dot_product_attention") else sizes[0]
+            )
+    return Work(max(count, 1), longest)
+
+
+CONTRACTIONS = {
+    "linear": 1, "matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2, "conv1d": 1, "conv2d": 1, "conv3d": 1,
+    "convolution": 1, "scaled_dot_product_attention": 1, "einsum": 0,
+}  # fmt: skip
+"""Ops that sum products, and the argument whose shape says how many."""

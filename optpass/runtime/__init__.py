@@ -1,0 +1,1 @@
+"""Running an artifact: numpy, pydantic and an engine, never torch."""
