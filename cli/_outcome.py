@@ -107,6 +107,6 @@ def _flush(stdout: IO[str], text: str, code: int) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         raise OptpassError(
-            "output", f"the result cannot be written to stdout: {error.strerror}", "free space, or name another target"
+            "stdout", f"the result cannot be written to stdout: {error.strerror}", "free space, or name another target"
         ) from error
     return code

@@ -29,6 +29,9 @@ DEBUG = "OPTPASS_DEBUG"
 """Environment variable that shows the traceback of an error, and the warnings of the libraries beneath."""
 
 
+TERMINATED = 128 + signal.SIGTERM
+
+
 class Terminated(BaseException):
     """SIGTERM, raised so that temporary files are removed on the way out."""
 
@@ -122,8 +125,8 @@ def _told(error: BaseException) -> tuple[OptpassError, int]:
         return error, error.exit_code or 1
     if isinstance(error, KeyboardInterrupt):
         return OptpassError("interrupted", "stopped by Ctrl-C", "nothing half done is left behind"), 130
-    if isinstance(error, Terminated):
-        return OptpassError("terminated", "stopped by SIGTERM", "nothing half done is left behind"), 143
+    if isinstance(error, Terminated) or (isinstance(error, SystemExit) and error.code == TERMINATED):
+        return OptpassError("terminated", "stopped by SIGTERM", "nothing half done is left behind"), TERMINATED
     if isinstance(error, SystemExit):
         return OptpassError("exit", "the code of the model called sys.exit", "let it raise an error instead"), 1
     if isinstance(error, MemoryError):

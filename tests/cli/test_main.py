@@ -265,6 +265,7 @@ def test_error_as_json(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     ("error", "code", "start"),
     [
         (KeyboardInterrupt(), 130, "error[interrupted]: stopped by Ctrl-C"),
+        (SystemExit(143), 143, "error[terminated]: stopped by SIGTERM"),
         (SystemExit(0), 1, "error[exit]: the code of the model called sys.exit"),
         (MemoryError(), 1, "error[memory]: not enough memory"),
         (RuntimeError("a\nb"), 1, "error[internal]: internal error, RuntimeError: a b; please report it"),
@@ -339,7 +340,7 @@ def test_reader_that_went_away_is_no_error(api: Api, capsys: pytest.CaptureFixtu
 
 def test_full_disk_under_stdout_is_an_error(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(COMMANDS["passes"], Broken(OSError(errno.ENOSPC, "No space left on device"))) == 2
-    assert capsys.readouterr().err.startswith("error[output]: the result cannot be written to stdout: No space left")
+    assert capsys.readouterr().err.startswith("error[stdout]: the result cannot be written to stdout: No space left")
 
 
 def test_main_ends_the_process(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
