@@ -29,7 +29,7 @@ from typing import Any
 import optpass
 from optpass.errors import OptpassError
 from optpass.export import fidelity as fidelities
-from optpass.export.base import Progress, backend
+from optpass.export.base import Progress, Source, backend
 from optpass.program import Stage, TensorSpec
 from optpass.results import Fidelity, Latency, Metric, PassRecord
 from optpass.runtime import check
@@ -54,8 +54,8 @@ class Writer:
         self.source = source
         self.engines: dict[str, Engine] = {}
         self.manifest: Manifest | None = None
-        self._stages: dict[tuple[str, str], Stage] = {}
-        self._lowered: dict[str, tuple[Stage, str]] = {}
+        self._sources: dict[tuple[str, str], Source] = {}
+        self._entries: dict[str, str] = {}
         self._references: dict[tuple[str, str], check.Reference] = {}
         self._progress = progress
         self._since = time.perf_counter()
@@ -74,14 +74,15 @@ class Writer:
         found = backend(backend_name, precision)
         name = engine_id(backend_name, precision, role, stage.name)
         place = engine_id(backend_name, "any" if found.shares_files else precision, role, stage.name)
-        if self._stages.setdefault((role, stage.name), stage) is not stage:
+        lowering = self._sources.setdefault((role, stage.name), Source(stage))
+        if lowering.stage is not stage:
             raise ValueError(f"another stage {stage.name} has the role {role} already")
-        if place not in self._lowered or self._lowered[place][0] is not stage:
+        if place not in self._entries:
             self.step(f"lowering to {name}")
             folder = self.folder / place
             folder.mkdir(parents=True)
-            self._lowered[place] = stage, found.lower(stage, folder, precision)
-        entry = self._lowered[place][1]
+            self._entries[place] = found.lower(lowering, folder, precision)
+        entry = self._entries[place]
         files = sorted(p.relative_to(self.folder).as_posix() for p in (self.folder / place).rglob("*") if p.is_file())
         self.engines[name] = Engine(
             stage=stage.name,
@@ -106,7 +107,7 @@ class Writer:
         key = role, stage
         if key not in self._references:
             self.step(f"running {'the model' if role == 'main' else 'the dense model'} eagerly at three sizes")
-            self._references[key] = fidelities.reference(self._stages[key])
+            self._references[key] = fidelities.reference(self._sources[key].stage)
         return self._references[key]
 
     def fidelity(self, engines: Sequence[str] | None = None) -> list[Fidelity]:
@@ -131,7 +132,7 @@ class Writer:
         """Write the recorded outputs and the manifest; the artifact appears when the block is left."""
         self.step("writing the manifest")
         for (role, stage), recorded in self._references.items():
-            path = self.folder / reference_path(role, stage)
+            path = self.folder / check.reference_path(role, stage)
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.save(path)
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -159,11 +160,6 @@ class Writer:
             default=_default(self.engines, ()),
             files={},
         )
-
-
-def reference_path(role: str, stage: str) -> str:
-    """Where the recorded outputs of a stage are, inside an artifact."""
-    return "/".join(["recorded", role, f"{stage}.npz"])
 
 
 def _info(spec: TensorSpec) -> TensorInfo:

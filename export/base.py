@@ -9,12 +9,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import onnx_ir as ir
+
 from optpass import export
 from optpass.errors import OptpassError
+from optpass.export.translate import translate
 from optpass.program import Stage
 
 Progress = Callable[[str, float], None]
 """Called with the step that begins and the seconds that the one before it took."""
+
+
+class Source:
+    """A stage to be lowered, and its ONNX graph, which backends share."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    @functools.cached_property
+    def onnx(self) -> ir.Model:
+        """The stage as an ONNX model; not to be changed.
+
+        Raises:
+            OptpassError: an op has no translation.
+        """
+        return translate(self.stage)
 
 
 class Backend:
@@ -33,7 +52,7 @@ class Backend:
     def check(self, precision: str) -> None:
         """Raise an OptpassError if engines of that precision cannot be built or run on this machine."""
 
-    def lower(self, stage: Stage, folder: Path, precision: str) -> str:
+    def lower(self, source: Source, folder: Path, precision: str) -> str:
         """Write the engine into ``folder``, which exists, and return the name of the file to open.
 
         Raises:

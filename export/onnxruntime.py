@@ -8,9 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from optpass.errors import OptpassError
-from optpass.export.base import Backend
-from optpass.export.translate import translate
-from optpass.program import Stage
+from optpass.export.base import Backend, Source
 
 FILE = "model.onnx"
 
@@ -27,8 +25,8 @@ class OnnxRuntime(Backend):
     def check(self, precision: str) -> None:
         require("onnxruntime", "cpu")
 
-    def lower(self, stage: Stage, folder: Path, precision: str) -> str:
-        save(translate(stage), folder / FILE)
+    def lower(self, source: Source, folder: Path, precision: str) -> str:
+        save(source.onnx, folder / FILE)
         return FILE
 
 

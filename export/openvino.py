@@ -12,9 +12,7 @@ from pathlib import Path
 
 from optpass.errors import OptpassError
 from optpass.export import onnxruntime
-from optpass.export.base import Backend
-from optpass.export.translate import translate
-from optpass.program import Stage
+from optpass.export.base import Backend, Source
 
 FILE = "model.xml"
 
@@ -37,15 +35,15 @@ class OpenVino(Backend):
                 "use openvino in f32",
             )
 
-    def lower(self, stage: Stage, folder: Path, precision: str) -> str:
+    def lower(self, source: Source, folder: Path, precision: str) -> str:
         import openvino
 
         # Beside the target, so that weights of many GB need no room elsewhere.
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            source = Path(work) / onnxruntime.FILE
-            onnxruntime.save(translate(stage), source)
+            file = Path(work) / onnxruntime.FILE
+            onnxruntime.save(source.onnx, file)
             try:
-                model = openvino.convert_model(str(source))
+                model = openvino.convert_model(str(file))
             except Exception as error:  # of OpenVINO's own types
                 raise OptpassError(
                     "not-lowered", f"OpenVINO cannot convert the model: {_last_line(error)}", "use onnxruntime"

@@ -7,7 +7,8 @@ Of a large output an even sample is stored, with its shape.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from optpass.errors import OptpassError
-from optpass.results import Fidelity
+from optpass.results import Fidelity, VerifyResult
+from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import Array
+from optpass.runtime.manifest import Manifest
+from optpass.runtime.session import open_session
 
 SAMPLE = 1 << 16
 """Values kept of one output at one size."""
@@ -174,3 +178,51 @@ def _difference(expected: Sampled, found: Array | None) -> float:
     if not np.isfinite(a[~same]).all() or not np.isfinite(b[~same]).all():
         return float("inf")
     return float(np.abs(a[~same] - b[~same]).max(initial=0.0))
+
+
+def reference_path(role: str, stage: str) -> str:
+    """Where the recorded outputs of a stage are, inside an artifact."""
+    return f"recorded/{role}/{stage}.npz"
+
+
+def read(folder: Path, manifest: Manifest, engine: str) -> Reference:
+    """What an artifact recorded for an engine.
+
+    Raises:
+        OptpassError: it recorded nothing.
+    """
+    entry = manifest.engines[engine]
+    name = reference_path(entry.role, entry.stage)
+    if name not in manifest.files:
+        raise OptpassError("reference", f"{folder} recorded no outputs for {engine}", "rebuild the artifact")
+    return Reference.read(folder / name)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    engines: Sequence[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> VerifyResult:
+    """Hold an artifact against its hashes, and its engines against the eager outputs recorded in it.
+
+    Args:
+        path: the artifact.
+        engines: ids; all of the artifact by default.
+        threads: cores for one call; all by default.
+        progress: called with each engine as its turn comes.
+
+    Raises:
+        OptpassError: a file is missing or changed, or an engine does not open here.
+    """
+    folder = Path(path)
+    manifest = manifests.read(folder)
+    results: list[Fidelity] = []
+    for name in manifest.engines if engines is None else engines:
+        if progress:
+            progress(name)
+        session = open_session(folder, manifest, name, threads)
+        results += fidelity(name, session, read(folder, manifest, name), session.engine.tolerance)
+    ok = bool(results) and all(result.ok for result in results)
+    return VerifyResult(ok=ok, artifact=str(folder), files=len(manifest.files), fidelity=results)

@@ -18,7 +18,6 @@ from optpass.results import Fidelity, Latency, Metric, PassRecord, Result
 
 SCHEMA = 1
 NAME = "manifest.json"
-REFERENCE = "reference.npz"
 
 LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
