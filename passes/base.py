@@ -16,9 +16,9 @@ from torch.fx import Node
 
 import optpass.passes
 from optpass.errors import OptpassError, Place, Refusal
-from optpass.rewrite import Builder, Refused, Value
+from optpass.rewrite import Builder, Refused
 from optpass.structure import Block, Structure, TokenSpace, Tower
-from optpass.tokens import TokenMap
+from optpass.tokens import TokenMap, Value
 
 ENTRY_POINT = "optpass.passes"
 """Group of entry points under which third parties name their ``Pass`` classes."""
@@ -88,7 +88,7 @@ class ReductionOptions(Options):
 
     at: At | None = Field(
         None,
-        description="blocks: 3, [1,3,5], 2:8:2, all, a module path, or a glob of paths; counted in the tower that costs most",
+        description="blocks of the tower that costs most: 3, [1,3,5], 2:8:2, all; or module paths, also as a glob",
     )
     place: Literal["attention", "block"] = Field(
         "attention", description="inside the block, after its attention, or after the whole block"
@@ -96,7 +96,9 @@ class ReductionOptions(Options):
     keep: float | list[float] | None = Field(
         None, description="fraction of the free tokens that stay, at each site or one number a site; 0 < keep <= 1"
     )
-    r: int | list[int] | None = Field(None, description="tokens that go, at each site or one number a site; in place of keep")
+    r: int | list[int] | None = Field(
+        None, description="tokens that go, at each site or one number a site; in place of keep"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ReductionOptions:
@@ -169,7 +171,9 @@ class Reduction(Pass):
     def _check_room(self, site: Site, free: Value, r: int) -> None:
         if isinstance(free, int) and r and r > self.room(free):
             what = f"{self.name} is asked to take r={r} of {free} free tokens"
-            raise Refused(Refusal("no-room", what, f"use r={max(self.room(free), 0)} or less, or keep", Place(site.block.path)))
+            raise Refused(
+                Refusal("no-room", what, f"use r={max(self.room(free), 0)} or less, or keep", Place(site.block.path))
+            )
 
 
 def _blocks_at(at: At, structure: Structure) -> tuple[Tower, list[Block]] | Refusal:
@@ -231,7 +235,12 @@ def registry() -> dict[str, type[Pass]]:
     for info in pkgutil.iter_modules(optpass.passes.__path__):
         module = importlib.import_module(f"{optpass.passes.__name__}.{info.name}")
         for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, Pass) and value.__module__ == module.__name__ and "name" in vars(value):
+            if (
+                inspect.isclass(value)
+                and issubclass(value, Pass)
+                and value.__module__ == module.__name__
+                and "name" in vars(value)
+            ):
                 found[value.name] = value
     for point in importlib.metadata.entry_points(group=ENTRY_POINT):
         try:

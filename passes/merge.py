@@ -14,7 +14,7 @@ from optpass.errors import Place, Refusal
 from optpass.passes.base import At, Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
-from optpass.rewrite import Builder, Value
+from optpass.rewrite import Builder
 from optpass.structure import Structure
 from optpass.tokens import Merge as MergeMap
 from optpass.tokens import TokenMap, take
@@ -43,7 +43,9 @@ class Merge(Reduction):
         found = super().sites(structure)
         if isinstance(found, list) and found[0].space.causal:
             where = Place(found[0].block.path, "scaled_dot_product_attention")
-            return Refusal("token-order", "merging breaks token order, and this attention is causal", "use prune", where)
+            return Refusal(
+                "token-order", "merging breaks token order, and this attention is causal", "use prune", where
+            )
         return found
 
     def room(self, free: int) -> int:
@@ -68,11 +70,11 @@ class Merge(Reduction):
         best, partner = similar.max(2)
         even = (free + 1) // 2
         order = best.topk(even, 1)[1]
-        moved, unmerged = order[:, :r], order[:, r:]
-        odd = b.emit.call(torch.arange, free - even).unsqueeze(0).expand(b.batch, free - even)
-        index = surrounded(b, torch.cat([unmerged * 2, odd * 2 + 1], 1) + b.prefix)
-        slot = take(partner, moved) + (even - r) + b.prefix
-        return MergeMap(b.count, b.count - r, index, moved * 2 + b.prefix, slot, weighs=self.options.proportional)
-
-
-__all__ = ["Merge", "MergeOptions", "Value"]
+        moved, unmerged = order[:, :r] * 2, order[:, r:] * 2
+        odd = (b.arange(free - even) * 2 + 1).unsqueeze(0).expand(b.batch, free - even)
+        # the order of tokens is kept: what comes after may depend on it, the next matching first of all
+        index = surrounded(b, torch.cat([unmerged, odd], 1).sort(1)[0] + b.prefix)
+        joined = take(partner, order[:, :r]) * 2 + 1
+        gone = (moved.unsqueeze(1) < joined.unsqueeze(2)).to(torch.int64).sum(2)
+        slot = joined - gone + b.prefix
+        return MergeMap(b.count, b.count - r, index, moved + b.prefix, slot, weighs=self.options.proportional)

@@ -27,7 +27,9 @@ FAR = -1e4
 class TransformOptions(ReductionOptions):
     """Options of ``transform``."""
 
-    selector: str = Field("auto", description="which tokens stay: auto (cls-attention, or norm), " + ", ".join(selectors()))
+    selector: str = Field(
+        "auto", description="which tokens stay: auto (cls-attention, or norm), " + ", ".join(selectors())
+    )
     spread: int = Field(4, ge=1, description="how many tokens each of the others feeds; 1 merges it into the nearest")
     temperature: float = Field(0.1, gt=0, description="of the softmax over cosine similarities")
     proportional: bool = Field(True, description="attention weighs each token by how many it stands for")
@@ -67,7 +69,7 @@ class Transform(Reduction):
         refusal = selector.refuses(site, b, kept)
         if refusal is not None:
             raise Refused(refusal)
-        index = surrounded(b, selector.choose(site, b, kept) + b.prefix)  # [batch, target]
+        index = surrounded(b, selector.choose(site, b, kept).sort(1)[0] + b.prefix)  # [batch, target]
         target = b.prefix + b.suffix + kept
         features = token_features(site, b)
         stays = one_hot(index, b.count, torch.float32).transpose(1, 2)  # [batch, target, source]
@@ -91,9 +93,6 @@ class Transform(Reduction):
         """A penalty on protected targets, ``[1, target, 1]``: nothing flows into a class token."""
         if not b.prefix + b.suffix:
             return None
-        row = b.emit.call(torch.arange, target)
+        row = b.arange(target)
         outside = (row < b.prefix) | (row >= target - b.suffix)
         return (outside.to(torch.float32) * FAR).unsqueeze(0).unsqueeze(-1)
-
-
-__all__ = ["Place", "Refusal", "Transform", "TransformOptions"]

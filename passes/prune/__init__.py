@@ -13,9 +13,9 @@ from pydantic import Field, field_validator
 from optpass.errors import Place, Refusal
 from optpass.passes.base import Reduction, ReductionOptions, Site
 from optpass.passes.prune.selectors import Selector, selectors
-from optpass.rewrite import Builder, Refused, Value
+from optpass.rewrite import Builder, Refused
 from optpass.structure import Structure
-from optpass.tokens import Gather, TokenMap
+from optpass.tokens import Gather, TokenMap, Value
 
 
 class PruneOptions(ReductionOptions):
@@ -61,13 +61,12 @@ class Prune(Reduction):
         if refusal is not None:
             raise Refused(refusal)
         if self.options.keep == 1 and isinstance(kept, int) and kept == 0:
-            raise Refused(Refusal("no-room", "prune finds no free token", "leave this block out", Place(site.block.path)))
-        inner = selector.choose(site, b, kept + spared)
-        # in order where order has a meaning; elsewhere the order of the scores is as good and needs no sort
-        if site.space.causal:
-            inner = inner.sort(1)[0]
+            raise Refused(
+                Refusal("no-room", "prune finds no free token", "leave this block out", Place(site.block.path))
+            )
+        inner = selector.choose(site, b, kept + spared).sort(1)[0]
         index = surrounded(b, inner + b.prefix)
-        return Gather(b.count, b.prefix + b.suffix + kept + spared, index, in_order=site.space.causal)
+        return Gather(b.count, b.prefix + b.suffix + kept + spared, index)
 
 
 def surrounded(b: Builder, inner: Value) -> Value:
@@ -81,4 +80,4 @@ def surrounded(b: Builder, inner: Value) -> Value:
 
 
 def _range(b: Builder, start: Value, stop: Value) -> Value:
-    return b.emit.call(torch.arange, start, stop).unsqueeze(0).expand(b.batch, stop - start)
+    return b.arange(start, stop).unsqueeze(0).expand(b.batch, stop - start)

@@ -10,7 +10,8 @@ import torch
 from optpass.errors import Place, Refusal
 from optpass.passes.base import Site
 from optpass.passes.prune.selectors import Selector
-from optpass.rewrite import Builder, Value
+from optpass.rewrite import Builder
+from optpass.tokens import Value
 
 
 class ClsAttention(Selector):
@@ -34,7 +35,8 @@ class ClsAttention(Selector):
         attention = site.block.attention
         assert attention is not None
         query, key = b.read(attention.query), b.read(attention.key)  # [batch, tokens, heads, head_dim]
-        assert query is not None and key is not None
+        assert query is not None
+        assert key is not None
         row = query[:, -1:] if site.space.causal else query[:, :1]
         heads, groups, width = query.shape[2], key.shape[2], key.shape[3]
         row = row.reshape(b.batch, groups, heads // groups, width).to(torch.float32)

@@ -10,8 +10,8 @@ import torch
 from optpass.errors import Place, Refusal
 from optpass.passes.base import Site
 from optpass.passes.prune.selectors import Selector, spare
-from optpass.rewrite import Builder, Value
-from optpass.tokens import take
+from optpass.rewrite import Builder
+from optpass.tokens import Value, take
 
 LIMIT = 1024
 """Steps of the greedy loop, which is unrolled into the graph."""
@@ -37,12 +37,12 @@ class DivPrune(Selector):
         """The greedy loop, one argmax a step."""
         free = b.count - b.prefix - b.suffix
         if count == free:
-            return b.emit.call(torch.arange, free).unsqueeze(0).expand(b.batch, free)
+            return b.arange(free).unsqueeze(0).expand(b.batch, free)
         x = token_features(site, b)[:, b.prefix : b.count - b.suffix]
         distance = 1 - torch.matmul(x, x.transpose(1, 2))  # [batch, free, free]
         bias = spare(site, b, b.stream[:, :, 0].to(torch.float32) * 0.0)[:, b.prefix : b.count - b.suffix]
-        farthest = (distance + b.emit.call(torch.eye, free) * 4).amin(-1)  # to the nearest other token
-        order = b.emit.call(torch.arange, free).unsqueeze(0)
+        farthest = (distance + 4 * b.eye(free)).amin(-1)  # to the nearest other token
+        order = b.arange(free).unsqueeze(0)
         chosen = []
         for step in range(count):
             pick = (farthest + bias).argmax(1, keepdim=True)  # [batch, 1]
@@ -54,7 +54,7 @@ class DivPrune(Selector):
 
 
 def token_features(site: Site, b: Builder) -> Value:
-    """Unit vectors that tell tokens apart, float32 ``[batch, tokens, width]``: the mean key of the heads, or the stream."""
+    """Unit vectors to tell tokens apart, float32 ``[batch, tokens, width]``: the mean key of the heads, or the stream."""
     attention = site.block.attention
     key = b.read(attention.key) if attention is not None else None
     x = b.stream.to(torch.float32) if key is None else key.to(torch.float32).mean(2)

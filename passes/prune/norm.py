@@ -6,7 +6,8 @@ import torch
 
 from optpass.passes.base import Site
 from optpass.passes.prune.selectors import Selector
-from optpass.rewrite import Builder, Value
+from optpass.rewrite import Builder
+from optpass.tokens import Value
 
 
 class Norm(Selector):

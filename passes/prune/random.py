@@ -6,7 +6,8 @@ import torch
 
 from optpass.passes.base import Site
 from optpass.passes.prune.selectors import Selector
-from optpass.rewrite import Builder, Value
+from optpass.rewrite import Builder
+from optpass.tokens import Value
 
 
 class Random(Selector):
@@ -16,7 +17,7 @@ class Random(Selector):
 
     def score(self, site: Site, b: Builder) -> Value:
         """Hashed positions."""
-        return hashed(b.emit.call(torch.arange, b.count), site.number).unsqueeze(0)
+        return hashed(b.arange(b.count), site.number).unsqueeze(0)
 
 
 def hashed(position: Value, seed: int) -> Value:

@@ -12,7 +12,8 @@ import torch
 
 from optpass.errors import Refusal
 from optpass.passes.base import Site
-from optpass.rewrite import Builder, Value
+from optpass.rewrite import Builder
+from optpass.tokens import Value
 
 
 class Selector:
@@ -61,6 +62,11 @@ def selectors() -> dict[str, type[Selector]]:
     for info in pkgutil.iter_modules(path):
         module = importlib.import_module(f"{package}.{info.name}")
         for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, Selector) and value.__module__ == module.__name__ and "name" in vars(value):
+            if (
+                inspect.isclass(value)
+                and issubclass(value, Selector)
+                and value.__module__ == module.__name__
+                and "name" in vars(value)
+            ):
                 found[value.name] = value
     return found
