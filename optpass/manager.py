@@ -16,9 +16,8 @@ from optpass.errors import OptpassError, Refusal
 from optpass.passes.base import Pass, Site
 from optpass.program import Program, Stage, place_of
 from optpass.results import PassRecord, Probes
-from optpass.rewrite import Build, Builder, Refused, Rewritten, Space, Walker
+from optpass.rewrite import Build, Refused, Rewritten, Space, Walker
 from optpass.structure import Structure, analyse
-from optpass.tokens import TokenMap
 
 OnFail = Literal["stop", "skip"]
 
@@ -54,7 +53,11 @@ class _State:
 
 
 def apply(
-    program: Program, passes: Sequence[Pass], *, on_fail: OnFail = "stop", progress: Callable[[str], None] = lambda line: None
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    on_fail: OnFail = "stop",
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Apply passes one by one; each is verified before it is kept.
 
@@ -62,6 +65,8 @@ def apply(
     in every block follow each other along the stream, whatever the order they were asked for.
 
     Args:
+        program: of one stage.
+        passes: in any order; see ``ordered``.
         on_fail: ``stop`` at the first pass that is refused or rolled back, or ``skip`` it and go on.
         progress: called with a line before each step.
 
@@ -115,7 +120,11 @@ def _walk(
         builds[site.node].append((made.name, builder(made, site, number)))
     first = found[0][0]
     space = Space(
-        first.space.token_dim, first.space.batch_dim, first.space.prefix, first.space.suffix, frozenset(first.tower.streams)
+        first.space.token_dim,
+        first.space.batch_dim,
+        first.space.prefix,
+        first.space.suffix,
+        frozenset(first.tower.streams),
     )
     return Walker(structure.module, builds, space).run(tap)
 
@@ -138,6 +147,12 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
             stage = state.structure.stage.retraced(plain.module)
     except Refused as refused:
         return record.model_copy(update={"reason": str(refused.refusal)}), state
+    except (
+        Exception
+    ) as error:  # a graph that cannot be built is a bug of a pass or a rule: it must not pass for a result
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"[internal] {made.name} built a graph that does not hold together: {what}"
+        return record.model_copy(update={"status": "rolled_back", "reason": reason}), state
     sizes = [sites[0].space.size, *(m.target for m in rewritten.maps)]
     record = record.model_copy(
         update={
@@ -156,9 +171,7 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
     return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage, outputs=traced)
 
 
-def _probe(
-    state: _State, placed: Sequence[Placed], rewritten: Rewritten
-) -> tuple[Probes, tuple[Tensor, ...], str]:
+def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tuple[Probes, tuple[Tensor, ...], str]:
     """The three probes, the outputs at the real setting, and the first failure in words."""
     structure, example = state.structure, state.structure.stage.example
     dense = structure.stage.run(example)
@@ -183,13 +196,18 @@ def _probe(
     limit = verify.tolerance(dense)
     for name, value in found.items():
         if not value <= limit:
-            return Probes(**found), outputs, f"the {name} probe found a difference of {value:.1e}, more than {limit:.1e}"
+            return (
+                Probes(**found),
+                outputs,
+                f"the {name} probe found a difference of {value:.1e}, more than {limit:.1e}",
+            )
     return Probes(**found), outputs, ""
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def _size(size: object) -> int | str:
     value = getattr(size, "value", size)
     return value if isinstance(value, int) else str(value)
-
-
-__all__ = ["Builder", "OnFail", "Outcome", "Placed", "TokenMap", "apply", "ordered", "rewrite"]

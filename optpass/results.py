@@ -110,7 +110,7 @@ class Latency(Result):
 
 
 class OptimizeResult(Result):
-    """The outcome of ``optimize``; ``ok`` only if every pass was kept, or skipped on request, and every engine holds."""
+    """The outcome of ``optimize``; ``ok`` only if every pass was kept and every engine holds."""
 
     ok: bool
     artifact: str

@@ -186,7 +186,9 @@ class Walker:
     def _attributes(self) -> dict[str, Any]:
         """What the new graph reads by name: attributes of the old module, and constants of the pass."""
         names = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        return {n: self.constants[n] if n in self.constants else operator.attrgetter(n)(self.old) for n in sorted(names)}
+        return {
+            n: self.constants[n] if n in self.constants else operator.attrgetter(n)(self.old) for n in sorted(names)
+        }
 
     def _enter(self, node: Node, build: Build) -> Tracked:
         """Apply one map at the site ``node``."""
@@ -362,7 +364,15 @@ class Walker:
                 start[dim] = origin
         if not start:
             return x
-        key = (x.node, level, content, offset, tuple(start.items()), tuple(len(g) for g in layout), self._batch_dim(layout))
+        key = (
+            x.node,
+            level,
+            content,
+            offset,
+            tuple(start.items()),
+            tuple(len(g) for g in layout),
+            self._batch_dim(layout),
+        )
         if key not in self._coerced:
             self._coerced[key] = self._map_dims(x, layout, present, start, level, content)
         return self._coerced[key]
@@ -396,7 +406,9 @@ class Walker:
         if split:
             full = [self.extent((atom,), level) for _, atom in slots]
             grown = {d for (d, atom), here in zip(slots, x.value.shape, strict=True) if not same(here, 1)}
-            x = x.expand([n if d in grown and len(layout[d]) > 1 else -1 for (d, _), n in zip(slots, full, strict=True)])
+            x = x.expand(
+                [n if d in grown and len(layout[d]) > 1 else -1 for (d, _), n in zip(slots, full, strict=True)]
+            )
             x = x.reshape([
                 x.shape[next(i for i, slot in enumerate(slots) if slot[0] == d)] if len(group) <= 1
                 else self.extent(group, level) if d in grown else 1
@@ -514,16 +526,24 @@ class Builder:
         self.emit = walker.emit
 
     @property
-    def stream(self) -> Traced:
+    def stream(self) -> Value:
         """The residual stream, ``[batch, tokens, features]``."""
         return self._tokens_first(self._tracked)
 
     @property
-    def sizes(self) -> Traced | None:
+    def sizes(self) -> Value | None:
         """How many tokens each one stands for, ``[batch, tokens]``; None where all are one."""
         return self._walker.sizes(self.level)
 
-    def read(self, node: Node, tokens: int = -2) -> Traced | None:
+    def arange(self, *bounds: Any) -> Value:
+        """``torch.arange`` in the graph: ``stop``, or ``start, stop``; symbolic ones too."""
+        return self.emit.call(torch.arange, *bounds)
+
+    def eye(self, size: Any) -> Value:
+        """``torch.eye`` in the graph."""
+        return self.emit.call(torch.eye, size)
+
+    def read(self, node: Node, tokens: int = -2) -> Value | None:
         """A value of the block with its tokens moved to the front, such as the key, ``[batch, tokens, heads, head_dim]``.
 
         Args:
@@ -545,14 +565,14 @@ class Builder:
             return None
         return value.proxy.movedim(tokens, 1)  # type: ignore[no-any-return]
 
-    def follow(self, node: Node) -> Traced:
+    def follow(self, node: Node) -> Value:
         """A value of the old graph, shaped like the stream, brought to the tokens of this site."""
         walker = self._walker
         layout = self._tracked.layout
         assert layout is not None
         return walker.coerce(walker.value(node), layout, self.level)
 
-    def visible(self, mask: Node | None) -> Traced | None:
+    def visible(self, mask: Node | None) -> Value | None:
         """Which tokens any query sees, bool ``[batch or 1, tokens]``, by a mask ``[batch or 1, heads or 1, rows, tokens]``.
 
         None where the mask is of other tokens than the stream.
@@ -561,7 +581,11 @@ class Builder:
             return None
         walker = self._walker
         value = walker.value(mask)
-        if value.layout is not None or value.proxy.dim() != 4 or not same(value.proxy.value.shape[3], self._old_count()):
+        if (
+            value.layout is not None
+            or value.proxy.dim() != 4
+            or not same(value.proxy.value.shape[3], self._old_count())
+        ):
             return None
         seen = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
         seen = seen.to(torch.float32).amax((1, 2)) > 0
@@ -570,7 +594,7 @@ class Builder:
         layout = (site[self._walker.space.batch_dim], site[self._walker.space.token_dim])
         return walker.coerce(Tracked(seen), layout, self.level)
 
-    def constant(self, tensor: torch.Tensor, name: str, shape: tuple[Any, ...] | None = None) -> Traced:
+    def constant(self, tensor: torch.Tensor, name: str, shape: tuple[Any, ...] | None = None) -> Value:
         """A tensor of the pass's own, stored with the model; ``shape`` where the graph must see it as dynamic."""
         self._walker.constants[name] = tensor
         node = self._walker.graph.get_attr(name)
@@ -583,7 +607,9 @@ class Builder:
         return self.emit.proxy(node)
 
     def _old_count(self) -> Any:
-        shape = self._walker.levels[0].stale.proxy.value.shape if self._walker.levels else self._tracked.proxy.value.shape
+        shape = (
+            self._walker.levels[0].stale.proxy.value.shape if self._walker.levels else self._tracked.proxy.value.shape
+        )
         return shape[self._walker.space.token_dim]
 
     def _tokens_first(self, value: Tracked) -> Traced:
@@ -613,4 +639,3 @@ TAPPED = ("index", "group")
 def _tensors(token_map: TokenMap) -> list[tuple[str, Value]]:
     """The tensors that define a map."""
     return [(name, v) for name in TAPPED if (v := getattr(token_map, name, None)) is not None]
-

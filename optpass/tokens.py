@@ -64,7 +64,7 @@ class TokenMap:
     proportional = True
 
     def carry(self, x: Value, sizes: Value | None = None) -> Value:
-        """Token contents ``[batch, source, ...]`` -> ``[batch, target, ...]``; ``sizes`` ``[batch, source]`` weigh means."""
+        """Contents ``[batch, source, ...]`` -> ``[batch, target, ...]``; ``sizes`` ``[batch, source]`` weigh means."""
         raise NotImplementedError
 
     def pick(self, x: Value) -> Value:
@@ -80,7 +80,7 @@ class TokenMap:
         raise NotImplementedError
 
     def cut(self, left: int, right: int) -> TokenMap:
-        """The map between the spaces without their first ``left`` and last ``right`` tokens, which map to themselves."""
+        """The map without the first ``left`` and the last ``right`` tokens, which map to themselves."""
         raise NotImplementedError
 
 
@@ -230,10 +230,7 @@ class Merge(TokenMap):
         else:
             total = joins.sum(-1) + 1
             joins, share = joins / total.unsqueeze(-1), 1 / total
-        flat = away.flatten(2) if x.dim() > 3 else away
-        added = torch.matmul(joins.to(x.dtype), flat)
-        if x.dim() > 3:
-            added = added.unflatten(2, x.shape[2:])
+        added = _mix(joins, away)
         for _ in range(x.dim() - 2):
             share = share.unsqueeze(-1)
         return stay * share.to(x.dtype) + added
@@ -253,7 +250,12 @@ class Merge(TokenMap):
     def cut(self, left: int, right: int) -> Merge:
         index = self.index[:, left : self.target - right] - left
         return Merge(
-            self.source - left - right, self.target - left - right, index, self.moved - left, self.slot - left, self.weighs
+            self.source - left - right,
+            self.target - left - right,
+            index,
+            self.moved - left,
+            self.slot - left,
+            self.weighs,
         )
 
 
@@ -284,9 +286,7 @@ class Matrix(TokenMap):
         return take(x, self.index)
 
     def restore(self, y: Value, stale: Value | None = None) -> Value:
-        flat = y.flatten(2) if y.dim() > 3 else y
-        back = torch.matmul(self.weight.transpose(1, 2).to(y.dtype), flat)
-        return back.unflatten(2, y.shape[2:]) if y.dim() > 3 else back
+        return _mix(self.weight.transpose(1, 2), y)
 
     def resize(self, sizes: Value | None) -> Value | None:
         return _sum_sizes(self.weight, sizes)
@@ -319,7 +319,7 @@ class Masked(TokenMap):
         kept = self.kept
         for _ in range(y.dim() - 2):
             kept = kept.unsqueeze(-1)
-        return torch.where(kept, y, stale)
+        return y if stale is None else torch.where(kept, y, stale)
 
     def resize(self, sizes: Value | None) -> Value | None:
         kept = self.kept.to(torch.float32)
@@ -373,7 +373,9 @@ class Concat(TokenMap):
         """The parts as one map; a single part is itself."""
         if len(parts) == 1:
             return parts[0]
-        return cls(reduce(operator.add, (p.source for p in parts)), reduce(operator.add, (p.target for p in parts)), parts)
+        return cls(
+            reduce(operator.add, (p.source for p in parts)), reduce(operator.add, (p.target for p in parts)), parts
+        )
 
     @property
     def ordered(self) -> bool:  # type: ignore[override]
@@ -393,7 +395,9 @@ class Concat(TokenMap):
     def carry(self, x: Value, sizes: Value | None = None) -> Value:
         counts = [part.source for part in self.parts]
         weights = self._split(sizes, counts) if sizes is not None else [None] * len(counts)
-        pieces = [part.carry(piece, w) for part, piece, w in zip(self.parts, self._split(x, counts), weights, strict=True)]
+        pieces = [
+            part.carry(piece, w) for part, piece, w in zip(self.parts, self._split(x, counts), weights, strict=True)
+        ]
         return torch.cat(pieces, 1)
 
     def pick(self, x: Value) -> Value:
@@ -413,7 +417,7 @@ class Concat(TokenMap):
 
 @dataclass(frozen=True)
 class Slice(TokenMap):
-    """The tokens from ``start`` on, ``target`` of them, as a map: for a past that is cut, or a prompt that is dropped."""
+    """``target`` tokens from ``start`` on: for a past that is cut, or a prompt that is dropped."""
 
     start: Count = 0
 
@@ -481,10 +485,15 @@ def _weights(token_map: TokenMap) -> Value:
 def _weighted_mean(weight: Value, x: Value, sizes: Value | None) -> Value:
     if sizes is not None:
         weight = weight * sizes.unsqueeze(1)
-    weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
+    return _mix(weight / weight.sum(-1, keepdim=True), x)
+
+
+def _mix(weight: Value, x: Value) -> Value:
+    """``weight`` ``[batch, n, m]`` times ``x`` ``[batch, m, ...]``."""
     if x.dim() == 3:
-        return torch.matmul(weight, x)
-    return torch.matmul(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+        return torch.matmul(weight.to(x.dtype), x)
+    flat = torch.matmul(weight.to(x.dtype), x.flatten(2))
+    return flat.reshape([*flat.shape[:2], *x.shape[2:]])
 
 
 def _sum_sizes(weight: Value, sizes: Value | None) -> Value:

@@ -55,23 +55,23 @@ def permutation(seed: int) -> Build:
 
     def build(b: Builder) -> TokenMap:
         free = b.count - b.prefix - b.suffix
-        place = b.emit.call(torch.arange, free)
-        sample = b.emit.call(torch.arange, b.batch)
+        place = b.arange(free)
+        sample = b.arange(b.batch)
         noise = ((place.unsqueeze(0) + 1) * 7919 * (sample.unsqueeze(1) * 31 + seed + 17)) % 104_729
         order = noise.argsort(1) + b.prefix
-        front = b.emit.call(torch.arange, b.prefix).unsqueeze(0).expand(b.batch, b.prefix)
-        back = b.emit.call(torch.arange, b.count - b.suffix, b.count).unsqueeze(0).expand(b.batch, b.suffix)
+        front = b.arange(b.prefix).unsqueeze(0).expand(b.batch, b.prefix)
+        back = b.arange(b.count - b.suffix, b.count).unsqueeze(0).expand(b.batch, b.suffix)
         return Gather(b.count, b.count, torch.cat([front, order, back], 1), in_order=False, bijective=True)
 
     return build
 
 
 def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | None:
-    """For each map what the equivalence probe puts in its place, in the space before all maps; None where there is none."""
+    """What the equivalence probe puts in the place of each map, in the space before all; None where there is nothing."""
     values: dict[tuple[int, str], Tensor] = {}
     for name, tensor in zip(rewritten.tapped, taps, strict=True):
-        number, attribute = name.split(".")
-        values[int(number), attribute] = tensor
+        place, attribute = name.split(".")
+        values[int(place), attribute] = tensor
     builds: list[Build] = []
     alive: Tensor | None = None  # [batch, root tokens], the current token that each root token is part of, or -1
     leader: Tensor | None = None  # [batch, tokens now], the root token that each current token stands on
@@ -85,7 +85,9 @@ def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | No
             leader = alive.clone()
         leader = leader.gather(1, index)
         if isinstance(token_map, Gather):
-            places = torch.full((len(index), source), -1).scatter(1, index, torch.arange(index.shape[1]).expand_as(index))
+            places = torch.full((len(index), source), -1).scatter(
+                1, index, torch.arange(index.shape[1]).expand_as(index)
+            )
             alive = torch.where(alive >= 0, places.gather(1, alive.clamp(0)), -1)
             builds.append(_constant(Masked, number, kept=alive >= 0))
         elif group is not None:
