@@ -124,7 +124,15 @@ def _mutates(node: torch.fx.Node) -> bool:
 
 
 def _whole(exported: ExportedProgram) -> list[int]:
-    targets = [str(node.target) for node in exported.graph.nodes]
+    """How often each of the ops occurs among those that an output depends on."""
+    waiting = [node for node in exported.graph.nodes if node.op == "output" or _mutates(node)]
+    live: set[torch.fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in live:
+            live.add(node)
+            waiting += node.all_input_nodes
+    targets = [str(node.target) for node in live]
     return [sum(target.startswith(f"aten.{op}.") for target in targets) for op in KEPT_WHOLE]
 
 

@@ -43,7 +43,8 @@ def check_same(stage: Stage, expected: Sequence[Tensor]) -> None:
     raise OptpassError(
         "not-repeatable",
         f"the captured graph does not give the {name} that the model gave",
-        "keep nothing in Python attributes between calls, and compute nothing outside of torch",
+        "the model must not keep values in Python attributes, compute outside of torch, or take another path "
+        "while it is traced, as a library may do where no mask is given",
     )
 
 
