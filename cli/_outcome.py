@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from optpass.errors import OptpassError
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
+
+    from optpass.results import Fidelity, PassRecord
 
 WIDTH = 160
 """Columns of a table that does not go to a terminal; nothing is cut off in a log."""
@@ -26,20 +28,37 @@ class Outcome:
     """The result of a command.
 
     Attributes:
-        ok: whether the process ends with 0; otherwise with 1.
         data: the object that ``--json`` prints.
-        show: prints the same for a reader.
+        show: prints the same for a reader; None where the failure says it all.
+        failure: what was asked for and could not be had, told as one line; the process ends with its exit code.
     """
 
-    ok: bool
     data: Mapping[str, Any]
-    show: Callable[[Console], None]
+    show: Callable[[Console], None] | None
+    failure: OptpassError | None = None
 
 
-def of_model(result: BaseModel, show: Callable[[Console], None]) -> Outcome:
+def of_model(result: BaseModel, show: Callable[[Console], None] | None, failure: OptpassError | None = None) -> Outcome:
     """The outcome of an API result; one that has no ``ok`` of its own is ok because it was not an error."""
-    data = {"ok": True, **json.loads(result.model_dump_json())}
-    return Outcome(bool(data["ok"]), data, show)
+    return Outcome({"ok": True, **json.loads(result.model_dump_json())}, show, failure)
+
+
+def failure_of(passes: Iterable[PassRecord], fidelity: Iterable[Fidelity]) -> OptpassError:
+    """Why a result is not ok: the first pass that was not kept, or the first output that is not faithful."""
+    for record in passes:
+        if record.status != "kept":
+            code, _, reason = (
+                record.reason.partition("] ") if record.reason.startswith("[") else ("", "", record.reason)
+            )
+            what, _, remedy = reason.partition("; ")
+            said = f"{record.name} was {'refused' if record.status == 'refused' else 'rolled back'}: {what}"
+            return OptpassError(code.strip("[") or "probe", said, remedy or "see optpass inspect", exit_code=1)
+    for row in fidelity:
+        if not row.ok:
+            what = f"{row.output} of {row.engine} differs from eager execution by {row.difference:.1e}"
+            remedy = f"{row.tolerance:.1e} is what rounding explains; use another backend or precision"
+            return OptpassError("fidelity", what, remedy, exit_code=1)
+    return OptpassError("not-ok", "a check failed", "see the result", exit_code=1)
 
 
 def claimed_stdout() -> IO[str]:
@@ -56,8 +75,10 @@ def write(outcome: Outcome | None, stdout: IO[str], *, as_json: bool) -> int:
     """Print the outcome; returns the exit code."""
     if outcome is None:
         return _flush(stdout, "", 0)
-    text = json.dumps(outcome.data, allow_nan=False) + "\n" if as_json else _shown(outcome, stdout)
-    return _flush(stdout, text, 0 if outcome.ok else 1)
+    text = json.dumps(outcome.data, allow_nan=False) + "\n" if as_json else _shown(outcome.show, stdout)
+    if outcome.failure is None:
+        return _flush(stdout, text, 0)
+    return write_error(outcome.failure, _flush(stdout, text, outcome.failure.exit_code), None)
 
 
 def write_error(error: OptpassError, code: int, stdout: IO[str] | None) -> int:
@@ -78,7 +99,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _shown(outcome: Outcome, stdout: IO[str]) -> str:
+def _shown(show: Callable[[Console], None] | None, stdout: IO[str]) -> str:
+    if show is None:
+        return ""
     from rich.console import Console
 
     on_terminal = stdout.isatty()
@@ -90,7 +113,7 @@ def _shown(outcome: Outcome, stdout: IO[str]) -> str:
         highlight=False,
         soft_wrap=not on_terminal,
     )
-    outcome.show(console)
+    show(console)
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 

@@ -46,8 +46,8 @@ def show_optimize(result: OptimizeResult, console: Console) -> None:
     console.print(fidelity_table(result.fidelity))
     show_metric(result.metric, console)
     show_latency(result.latency, console)
-    outcome = "wrote" if result.ok else "FAILED, see above:"
-    console.print(f"{outcome} {escape(result.artifact)}", soft_wrap=True)
+    written = f"wrote {result.artifact}" if result.artifact else "no artifact was written"
+    console.print(escape(written), soft_wrap=True)
 
 
 def show_verify(result: VerifyResult, console: Console) -> None:
@@ -55,7 +55,7 @@ def show_verify(result: VerifyResult, console: Console) -> None:
     console.print(f"{result.files} files, every hash as written\n")
     console.print(fidelity_table(result.fidelity))
     show_metric(result.metric, console)
-    console.print(f"{'verified' if result.ok else 'FAILED, see above:'} {escape(result.artifact)}", soft_wrap=True)
+    console.print(f"{'verified' if result.ok else 'not verified:'} {escape(result.artifact)}", soft_wrap=True)
 
 
 def show_bench(result: BenchResult, console: Console) -> None:

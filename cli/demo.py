@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optpass.cli import _options as options
-from optpass.cli._outcome import Outcome
+from optpass.cli._outcome import Outcome, failure_of
 from optpass.cli._progress import progress
 
 if TYPE_CHECKING:
@@ -47,9 +48,12 @@ def command(
             f"{name} batch {batch}": _optimize(passes, batch, home / f"{name}-{batch}", seconds, samples)
             for name, passes, batch in _arms(entry.SCHEDULE, entry.CONTROL)
         }
-    data = {"ok": all(run.ok for run in runs.values()), "schedule": entry.SCHEDULE, "control": entry.CONTROL}
-    data["runs"] = {name: run.model_dump(mode="json") for name, run in runs.items()}
-    return Outcome(bool(data["ok"]), data, lambda console: _show(entry.SCHEDULE, entry.CONTROL, runs, console))
+    failed = next((run for run in runs.values() if not run.ok), None)
+    said = {name: json_module.loads(run.model_dump_json()) for name, run in runs.items()}
+    data = {"ok": failed is None, "schedule": entry.SCHEDULE, "control": entry.CONTROL, "runs": said}
+    if failed:
+        return Outcome(data, None, failure_of(failed.passes, failed.fidelity))
+    return Outcome(data, lambda console: _show(entry.SCHEDULE, entry.CONTROL, runs, console))
 
 
 def _arms(schedule: str, control: str) -> list[tuple[str, str, int]]:

@@ -21,7 +21,6 @@ def command(
 
     result = api.inspect(source, dynamic=dimensions, inputs=arrays)
     return Outcome(
-        True,
         {"ok": True, **result.data},
         lambda console: console.print(result.text, markup=False, highlight=False, soft_wrap=True),
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from optpass.cli import _options as options
-from optpass.cli._outcome import Outcome, of_model
+from optpass.cli._outcome import Outcome, failure_of, of_model
 from optpass.cli._progress import progress
 
 
@@ -72,4 +72,6 @@ def command(
             seconds=seconds,
             progress=report,
         )
-    return of_model(result, lambda console: _tables.show_optimize(result, console))
+    failure = failure_of(result.passes, result.fidelity)
+    show = None if not result.fidelity else lambda console: _tables.show_optimize(result, console)
+    return of_model(result, show, None if result.ok else failure)

@@ -25,14 +25,14 @@ def command(
     found = api.describe_passes()
     if name is None:
         data = {"ok": True, "passes": [_data(one) for one in found]}
-        return Outcome(True, data, lambda console: _list(found, console))
+        return Outcome(data, lambda console: _list(found, console))
     names = [one.name for one in found]
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         remedy = f"did you mean {near[0]}?" if near else f"passes are {', '.join(names)}"
         raise OptpassError("unknown-pass", f"there is no pass {name!r}", remedy)
     one = found[names.index(name)]
-    return Outcome(True, {"ok": True, **_data(one)}, lambda console: _details(one, console))
+    return Outcome({"ok": True, **_data(one)}, lambda console: _details(one, console))
 
 
 def _data(one: Any) -> dict[str, Any]:

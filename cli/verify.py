@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optpass.cli import _options as options
-from optpass.cli._outcome import Outcome, of_model
+from optpass.cli._outcome import Outcome, failure_of, of_model
 from optpass.cli._progress import progress
 
 
@@ -23,4 +23,5 @@ def command(
 
     with progress() as report:
         result = api.verify(artifact, data=data, metric=metric, samples=samples, progress=report)
-    return of_model(result, lambda console: _tables.show_verify(result, console))
+    failure = None if result.ok else failure_of([], result.fidelity)
+    return of_model(result, lambda console: _tables.show_verify(result, console), failure)

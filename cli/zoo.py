@@ -27,7 +27,7 @@ def list_models(json: options.Json = False) -> Outcome:
             line = f"{row['name']:<{width}}  {row['summary']}; {row['metric']} {row['quality']:.4f} on its test split"
             console.print(line, markup=False, soft_wrap=True)
 
-    return Outcome(True, {"ok": True, "models": rows}, show)
+    return Outcome({"ok": True, "models": rows}, show)
 
 
 @app.command("train")
@@ -44,4 +44,4 @@ def train(
         quality = trainer(output, lambda done, total, text: report(text, done, total))
     data = {"ok": True, "name": name, "output": str(output), "quality": quality}
     line = f"{name}: {quality:.4f} on its test split, weights in {output}"
-    return Outcome(True, data, lambda console: console.print(line, markup=False, soft_wrap=True))
+    return Outcome(data, lambda console: console.print(line, markup=False, soft_wrap=True))

@@ -236,7 +236,8 @@ def made(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of two engines."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "mine.py").write_text(MODELS)
-    args = "optimize mine:small -p prune(selector=random,keep=0.5,at=1) -b onnxruntime -b openvino -o engine --seconds 0.1 --json"
+    passes = "prune(selector=random,keep=0.5,at=1)"
+    args = f"optimize mine:small -p {passes} -b onnxruntime -b openvino -o engine --seconds 0.1 --json"
     done = driver.run(*args.split(), cwd=folder)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True

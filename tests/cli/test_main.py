@@ -234,11 +234,27 @@ def test_inspect_is_printed_as_it_is(api: Api) -> None:
     assert call(*COMMANDS["inspect"])[1] == "stage main [B, 3]\n"
 
 
-def test_failed_result_exits_with_1(api: Api) -> None:
-    api.act = lambda: OPTIMIZED.model_copy(update={"ok": False})
+def test_failed_result_exits_with_1(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = FIDELITY.model_copy(update={"ok": False, "difference": 0.5})
+    api.act = lambda: OPTIMIZED.model_copy(update={"ok": False, "passes": [], "fidelity": [wrong], "artifact": ""})
     code, text = call(*COMMANDS["optimize"])
     assert code == 1
-    assert "FAILED, see above: engine" in text
+    assert "FAILED" in text
+    assert text.endswith("no artifact was written\n")
+    line = "error[fidelity]: logits of onnxruntime differs from eager execution by 5.0e-01; 1.0e-04 is what rounding"
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_refused_pass_is_one_line_and_1(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    result = OptimizeResult(ok=False, artifact="", source="m", passes=[KEPT, REFUSED], fidelity=[])
+    api.act = lambda: result
+    assert call(*COMMANDS["optimize"]) == (1, "")
+    line = "error[token-order]: merge was refused: it breaks the order; use prune\n"
+    assert capsys.readouterr().err == line
+    code, text = call(*COMMANDS["optimize"], "--json")
+    assert code == 1
+    assert [record["status"] for record in json.loads(text)["passes"]] == ["kept", "refused"]
+    assert capsys.readouterr().err == line
 
 
 # errors
