@@ -89,7 +89,7 @@ def _show(schedule: str, control: str, runs: dict[str, OptimizeResult], console:
     console.print(_tables.passes_table(first.passes))
     _tables.show_notes(first.passes, console)
     console.print(_tables.fidelity_table([row for run in optimized for row in run.fidelity]))
-    _tables.show_arms({schedule: first.metric, control: by_chance.metric}, console)
+    _tables.show_arms({schedule: first, control: by_chance}, console)
     _tables.show_latency([row for run in optimized for row in run.latency], console)
     console.print("the control arm takes as long as any choice of as many tokens:")
     _tables.show_latency(by_chance.latency, console)

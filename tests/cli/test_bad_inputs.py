@@ -149,8 +149,8 @@ INPUTS: dict[str, tuple[str, int, str]] = {
     # engines, data
     "unknown backend": (f"{SMALL} -b tensorflow", 2, "unknown-backend"),
     "unknown precision": (f"{SMALL} -b openvino:int3", 2, "unknown-precision"),
-    "unknown metric": (f"{SMALL} --data name.npz --metric beauty", 2, "metric"),
-    "data that are not there": (f"{SMALL} --data gone.npz", 2, "missing-file"),
+    "unknown metric": (f"{SMALL} --data name.npz --metric beauty", 2, "unknown-metric"),
+    "data that are not there": (f"{SMALL} --data gone.npz", 2, "data"),
     "data of the wrong name": (f"{SMALL} --data name.npz", 2, "data"),
 }
 
