@@ -197,7 +197,7 @@ def writer(
         OptpassError: ``out`` is there and may not be replaced, cannot be written to, or the disk is full.
     """
     target = Path(os.path.abspath(out))
-    _check_target(target, force)
+    check_target(target, force)
     with _reported(target), _terminable():
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target.parent))
@@ -218,7 +218,9 @@ def _umask() -> int:
     return mask
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(out: str | os.PathLike[str], force: bool) -> None:
+    """Refuse a target that may not be replaced; called before any work starts, and again before it is written."""
+    target = Path(os.path.abspath(out))
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():

@@ -102,28 +102,89 @@ def _untranslated(error: Exception, program: ExportedProgram) -> OptpassError:
 
 
 def _prepared(stage: Stage) -> ExportedProgram:
-    program = stage.exported
+    program = copy.copy(stage.exported)
+    program._graph_module = _copied(program.graph_module)
+    for module in _modules(program):
+        _spell_out(module.graph)
     if any(not _translatable(node) for module in _modules(program) for node in module.graph.nodes):
         # As torch.onnx does: sizes of 0 and 1 must not become constants on the way.
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = _fx_passes.decompose_with_registry(program, _registry())
-    program = copy.copy(program)
-    program._graph_module = _copied(program.graph_module)
+    # The private passes of torch run the graph, so they come before ops of our own do.
+    if any(_mixes_dtypes(node) for module in _modules(program) for node in module.graph.nodes):
+        _fx_passes.insert_type_promotion_nodes(program.graph_module)
+    _fx_passes.remove_assertion_nodes(program.graph_module)
     graph = program.graph
     _skip_no_ops(graph)
     masks = Masks(stage, program)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten.scaled_dot_product_attention.default:
+        if op_name(node) == "arange" and any(isinstance(arg, float) for arg in node.args):
+            _as_constant(node)
+        elif node.target is aten.scaled_dot_product_attention.default:
             _attend(node, masks)
         elif node.target in RESHAPES:
             _reshape_by_constants(node)
+        elif node.target is aten.index.Tensor:
+            _gather_rows(node)
     graph.eliminate_dead_code(_has_effect)
-    if any(_mixes_dtypes(node) for module in _modules(program) for node in module.graph.nodes):
-        _fx_passes.insert_type_promotion_nodes(program.graph_module)
-    _fx_passes.remove_assertion_nodes(program.graph_module)
     return program
+
+
+def _as_constant(node: Node) -> None:
+    """Evaluate a range of fractions here: torch counts its steps in float64, engines in float32, to another number."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        made = graph.create_node("get_attr", f"folded_{node.name}")
+    made.meta = {"val": node.target(*node.args, **node.kwargs)}  # type: ignore[operator]
+    assert graph.owning_module is not None
+    graph.owning_module.register_buffer(str(made.target), made.meta["val"])
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+CASTS = ("to", "type_as", "_to_copy")
+LOGIC = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
+
+
+def _spell_out(graph: Graph) -> None:
+    """Ops that are another under a second name, so that they alone do not call for decomposition."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        node.target = LOGIC.get(node.target, node.target)
+        if node.target is aten.diff.default and isinstance(node.args[0], Node):
+            _spell_out_diff(graph, node)
+        elif op_name(node) in CASTS and node.target is not aten._to_copy.default:
+            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
+            node.target = aten._to_copy.default
+
+
+def _spell_out_diff(graph: Graph, node: Node) -> None:
+    """Differences of neighbours, as two slices."""
+    names = ("self", "n", "dim", "prepend", "append")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    source, order, axis = given["self"], given.get("n", 1), given.get("dim", -1)
+    before, after = given.get("prepend"), given.get("append")
+    if order != 1 or node.meta["val"].dtype == torch.bool:
+        return
+    with graph.inserting_before(node):
+        parts = [part for part in (before, source, after) if part is not None]
+        whole = _call(graph, aten.cat.default, parts, axis) if len(parts) > 1 else parts[0]
+        left = _call(graph, aten.slice.Tensor, whole, axis, 0, -1)
+        right = _call(graph, aten.slice.Tensor, whole, axis, 1, END)
+        made = _call(graph, aten.sub.Tensor, right, left)
+        made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+END = 2**63 - 1
 
 
 def _copied(module: GraphModule) -> GraphModule:
@@ -145,9 +206,12 @@ ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym
 def _translatable(node: Node) -> bool:
     if node.op != "call_function" or node.target in TRANSLATIONS:
         return True
-    if isinstance(node.target, torch._ops.OpOverload) and op_name(node) not in (*ASSERTIONS, *NO_OPS):
-        return _registry().is_registered(node.target)
-    return True
+    if not isinstance(node.target, torch._ops.OpOverload) or op_name(node) in (*ASSERTIONS, *NO_OPS):
+        return True
+    registry = _registry()
+    if not registry.is_registered(node.target) and node.target._schema.name in OF_LIBRARIES:
+        registry.register_op(node.target, OF_LIBRARIES[node.target._schema.name], is_complex=False)
+    return registry.is_registered(node.target)
 
 
 NO_OPS = ("dropout", "alias", "contiguous", "clone", "detach", "lift_fresh_copy", "detach_")
@@ -175,12 +239,17 @@ def _has_effect(node: Node) -> bool:
     return node.op in ("placeholder", "output")
 
 
+SUMS = ("cumsum", "sum", "prod", "cumprod", "mean")
+"""Reductions that widen booleans and integers, which ONNX does not."""
+
 KEEPS_DTYPES = ("where", "to", "_to_copy", "masked_fill", "clamp", "clone", "copy")
 
 
 def _mixes_dtypes(node: Node) -> bool:
     """Whether a pointwise op relies on type promotion, which ONNX does not have."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.pointwise not in node.target.tags and op_name(node) not in SUMS:
         return False
     made = node.meta.get("val")
     tensors = [arg.meta.get("val") for arg in node.args if isinstance(arg, Node)]
@@ -231,6 +300,41 @@ def _sizes(old: Sequence[Any], new: Sequence[Any]) -> list[int] | None:
     ]
     static_zero = any(isinstance(size, int) and size == 0 for size in new)
     return None if static_zero or sizes.count(-1) > 1 else sizes
+
+
+# Rows of each sample
+
+
+def rows_of(value: Any, rows: Any) -> Any:
+    """Target of ``value[arange(batch)[:, None], rows]``: ``[batch, tokens, ...]`` and ``[batch, kept]``."""
+    raise NotImplementedError
+
+
+def _gather_rows(node: Node) -> None:
+    """Gather the tokens of each sample by whole rows, without the pairs of indices that a general index needs."""
+    value, indices = node.args[0], node.args[1]
+    if not isinstance(value, Node) or not isinstance(indices, list | tuple) or len(indices) != 2:
+        return
+    batch, rows = indices
+    if not isinstance(batch, Node) or not isinstance(rows, Node) or rows.meta["val"].dtype != torch.int64:
+        return
+    size, of = value.meta["val"].shape[0], rows.meta["val"].shape
+    if len(of) != 2 or str(of[0]) != str(size) or not _counts_up_a_column(batch, size):
+        return
+    node.target, node.args = rows_of, (value, rows)
+
+
+def _counts_up_a_column(node: Node, size: Any) -> bool:
+    """Whether a node is ``arange(size)[:, None]``."""
+    shape = node.meta["val"].shape
+    if len(shape) != 2 or shape[1] != 1 or str(shape[0]) != str(size):
+        return False
+    while node.target in (aten.unsqueeze.default, reshape, *RESHAPES):
+        node = node.args[0]  # type: ignore[assignment]
+    if op_name(node) != "arange" or not node.meta["val"].dtype == torch.int64:
+        return False
+    start, step = {1: (0, 1), 2: (node.args[0], 1), 3: (node.args[0], node.args[-1])}[len(node.args)]
+    return start == 0 and step == 1
 
 
 # Attention
@@ -595,6 +699,22 @@ def _onnx_bias_of(mask: Any, dtype: int) -> Any:
     return op.Where(mask, zero, low)
 
 
+def _onnx_rows_of(value: Any, rows: Any) -> Any:
+    return op.GatherND(value, op.Unsqueeze(rows, op.Constant(value_ints=[2])), batch_dims=1)
+
+
+def _onnx_grouped_mm(value: Any, weight: Any, ends: Any) -> Any:
+    """Rows in groups, each times the matrix of its group: ``ends`` is where each group ends."""
+    ends = op.Cast(ends, to=int(ir.DataType.INT64))
+    parts, start = [], op.Constant(value_ints=[0])
+    for group in range(int(weight.shape[0])):
+        end = op.Slice(ends, op.Constant(value_ints=[group]), op.Constant(value_ints=[group + 1]))
+        rows = op.Slice(value, start, end, op.Constant(value_ints=[0]))
+        parts.append(op.MatMul(rows, op.Gather(weight, op.Constant(value_int=group), axis=0)))
+        start = end
+    return op.Concat(*parts, axis=0)
+
+
 def _onnx_linear(value: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(value, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
@@ -609,10 +729,14 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     reshape: _onnx_reshape,
     attention: _onnx_attention,
     bias_of: _onnx_bias_of,
+    rows_of: _onnx_rows_of,
     aten.linear.default: _onnx_linear,
     aten.gelu.default: _onnx_gelu,
 }
 """By target of a node; what is not here is torch's business."""
+
+OF_LIBRARIES: dict[str, Callable[..., Any]] = {"transformers::grouped_mm_fallback": _onnx_grouped_mm}
+"""The same for ops that other libraries register when they are imported, by name."""
 
 
 # The ONNX graph, cleaned
@@ -626,8 +750,7 @@ def _fold_transposed_weights(model: ir.Model) -> None:
         if weight is None or weight.const_value is None or len(weight.uses()) > 1 or weight.is_graph_output():
             continue
         tensor = weight.const_value
-        assert isinstance(tensor, _core.TorchTensor)
-        if len(tensor.shape) != 2:
+        if not isinstance(tensor, _core.TorchTensor) or list(node.attributes["perm"].as_ints()) != [1, 0]:
             continue
         made = node.outputs[0]
         folded = ir.Value(name=f"{weight.name}.T", type=weight.type, shape=ir.Shape(list(tensor.shape)[::-1]))
