@@ -75,10 +75,11 @@ def write(outcome: Outcome | None, stdout: IO[str], *, as_json: bool) -> int:
     """Print the outcome; returns the exit code."""
     if outcome is None:
         return _flush(stdout, "", 0)
-    text = json.dumps(outcome.data, allow_nan=False) + "\n" if as_json else _shown(outcome.show, stdout)
-    if outcome.failure is None:
-        return _flush(stdout, text, 0)
-    return write_error(outcome.failure, _flush(stdout, text, outcome.failure.exit_code), None)
+    failure = outcome.failure
+    told = {"ok": False, "error": _said(failure, failure.exit_code)} if failure else {}
+    text = json.dumps({**outcome.data, **told}, allow_nan=False) + "\n" if as_json else _shown(outcome.show, stdout)
+    code = _flush(stdout, text, failure.exit_code if failure else 0)
+    return write_error(failure, code, None) if failure else code
 
 
 def write_error(error: OptpassError, code: int, stdout: IO[str] | None) -> int:
@@ -89,10 +90,14 @@ def write_error(error: OptpassError, code: int, stdout: IO[str] | None) -> int:
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
     if stdout is not None:
-        said = {**asdict(refusal), "where": str(refusal.where) if refusal.where else None, "exit_code": code}
         with contextlib.suppress(OSError):
-            print(json.dumps({"ok": False, "error": said}), file=stdout, flush=True)
+            print(json.dumps({"ok": False, "error": _said(error, code)}), file=stdout, flush=True)
     return code
+
+
+def _said(error: OptpassError, code: int) -> dict[str, Any]:
+    where = str(error.refusal.where) if error.refusal.where else None
+    return {**asdict(error.refusal), "where": where, "exit_code": code}
 
 
 def _one_line(text: str) -> str:

@@ -88,8 +88,10 @@ def _show(schedule: str, control: str, runs: dict[str, OptimizeResult], console:
     console.print(f"{MODEL} with {schedule}, beside the control arm {control}\n", markup=False)
     console.print(_tables.passes_table(first.passes))
     _tables.show_notes(first.passes, console)
-    console.print(_tables.fidelity_table([row for run in optimized for row in run.fidelity]))
+    checked = zip(BATCHES, optimized, strict=True)
+    rows = [(row, f"{row.engine}, batch {batch}") for batch, run in checked for row in run.fidelity]
+    console.print(_tables.fidelity_table([row.model_copy(update={"engine": name}) for row, name in rows]))
     _tables.show_arms({schedule: first, control: by_chance}, console)
     _tables.show_latency([row for run in optimized for row in run.latency], console)
-    console.print("the control arm takes as long as any choice of as many tokens:")
+    console.print("the control arm, which spends nothing on its choice:")
     _tables.show_latency(by_chance.latency, console)

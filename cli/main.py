@@ -40,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     args = sys.argv[1:] if args is None else args
     try:
+        _reopen_streams()
         signal.signal(signal.SIGTERM, _terminate)
         _silence()
         from optpass.cli import _outcome
@@ -142,6 +143,13 @@ def _silence() -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module=r"optpass\b")
     logging.disable(logging.WARNING)
+
+
+def _reopen_streams() -> None:
+    """A stream that the caller has closed swallows what is written to it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open to the end of the process
 
 
 def _terminate(*_: object) -> None:

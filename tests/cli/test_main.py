@@ -253,7 +253,9 @@ def test_refused_pass_is_one_line_and_1(api: Api, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == line
     code, text = call(*COMMANDS["optimize"], "--json")
     assert code == 1
-    assert [record["status"] for record in json.loads(text)["passes"]] == ["kept", "refused"]
+    data = json.loads(text)
+    assert [record["status"] for record in data["passes"]] == ["kept", "refused"]
+    assert (data["ok"], data["error"]["code"]) == (False, "token-order")
     assert capsys.readouterr().err == line
 
 
