@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -129,7 +129,19 @@ def _prepared(stage: Stage) -> ExportedProgram:
         elif node.target is aten.index.Tensor:
             _gather_rows(node)
     graph.eliminate_dead_code(_has_effect)
+    _rename_outputs(program)
     return program
+
+
+def _rename_outputs(program: ExportedProgram) -> None:
+    """Make the signature, which knows outputs by the names of their nodes, follow nodes that were replaced."""
+    signature = program.graph_signature
+    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    specs = [
+        replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, Node) else spec
+        for spec, node in zip(signature.output_specs, results, strict=True)
+    ]
+    program._graph_signature = replace(signature, output_specs=specs)
 
 
 def _as_constant(node: Node) -> None:
@@ -331,10 +343,10 @@ def _counts_up_a_column(node: Node, size: Any) -> bool:
         return False
     while node.target in (aten.unsqueeze.default, reshape, *RESHAPES):
         node = node.args[0]  # type: ignore[assignment]
-    if op_name(node) != "arange" or not node.meta["val"].dtype == torch.int64:
+    if op_name(node) != "arange" or node.meta["val"].dtype != torch.int64:
         return False
     start, step = {1: (0, 1), 2: (node.args[0], 1), 3: (node.args[0], node.args[-1])}[len(node.args)]
-    return start == 0 and step == 1
+    return isinstance(start, int) and isinstance(step, int) and (start, step) == (0, 1)
 
 
 # Attention
