@@ -31,6 +31,7 @@ from optpass.results import (
     Timing,
     VerifyResult,
 )
+from optpass.zoo.fashion_vit import entry
 
 
 def around(value: float, width: float = 0.02) -> Interval:
@@ -191,6 +192,17 @@ def test_defaults_leave_the_choice_to_the_api(api: Api) -> None:
     plain, static = api.calls
     assert (plain["dynamic"], static["dynamic"]) == (None, [])
     assert (plain["backend"], plain["inputs"], plain["data"], plain["on_fail"]) == ("onnxruntime", None, None, "stop")
+
+
+def test_demo_runs_both_batches_and_the_control_arm(api: Api) -> None:
+    code, text = call("demo", "--samples", "16", "--seconds", "0.5")
+    assert code == 0
+    arms = [(seen["args"][1], seen["inputs"]["pixel_values"].shape[0]) for seen in api.calls]
+    assert arms == [(entry.SCHEDULE, 8), (entry.SCHEDULE, 1), (entry.CONTROL, 8)]
+    assert all((seen["metric"], seen["samples"]) == ("top1", 16) for seen in api.calls)
+    assert all(seen["backend"] == ("onnxruntime", "openvino", "openvino:bf16") for seen in api.calls)
+    assert "no gain" in text
+    assert json.loads(call("demo", "--json")[1])["control"] == entry.CONTROL
 
 
 # what is printed
