@@ -83,8 +83,8 @@ def _optimize(passes: str, batch: int, out: Path, seconds: float, samples: int) 
 def _show(schedule: str, control: str, runs: dict[str, OptimizeResult], console: Console) -> None:
     from optpass.cli import _tables
 
-    first, *_, by_chance = runs.values()
-    optimized = [run for run in runs.values() if run is not by_chance]
+    *optimized, by_chance = runs.values()
+    first = optimized[0]
     console.print(f"{MODEL} with {schedule}, beside the control arm {control}\n", markup=False)
     console.print(_tables.passes_table(first.passes))
     _tables.show_notes(first.passes, console)
