@@ -63,9 +63,10 @@ def _from_file(path: Path) -> Data:
     if not path.is_file():
         raise OptpassError("data", f"there is no file {path}", "give an .npz file or module:function")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise TypeError("it holds one array without a name")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise TypeError("it holds one array without a name")
+        with file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -292,6 +293,8 @@ def evaluate(
     a, b, w = np.concatenate(scores[0]), np.concatenate(scores[1]), np.concatenate(weights)
     if not w.sum():
         raise OptpassError("data", f"no label counts for {name}", f"label {IGNORED} means that a token does not count")
+    # A sample without a token that counts is none: a resample of such alone would have no mean.
+    a, b, w = a[w > 0], b[w > 0], w[w > 0]
     kind = "Wilson" if measure.share and set(np.unique((a, b))) <= {0.0, 1.0} else "bootstrap"
     sides = [_interval(x, w, measure, kind) for x in (a, b)]
     drop = bootstrap(np.stack([a, b], 1), w, lambda mean: measure.final(mean[:, 0]) - measure.final(mean[:, 1]))

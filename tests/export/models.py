@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +90,13 @@ def stage(module: nn.Module, example: dict[str, Tensor], *dynamic: str) -> Stage
     return capture((module, (), example), dynamic=dynamic).main
 
 
-def vision(blocks: int = 2, keep: int = 0, **example: Any) -> Stage:
+@functools.cache
+def vision(blocks: int = 2, keep: int = 0) -> Stage:
     torch.manual_seed(0)
     return stage(Vision(blocks, keep), {"tokens": torch.randn(3, 9, WIDTH)}, "tokens:0=batch:1..6")
 
 
+@functools.cache
 def text(form: str) -> Stage:
     torch.manual_seed(0)
     ids = torch.randint(50, (2, 7))
