@@ -15,7 +15,11 @@ from torch.fx.proxy import GraphAppendingTracer
 PROVENANCE = ("nn_module_stack", "stack_trace")
 
 
-class Traced(Proxy):
+Base: Any = Proxy
+"""What a proxy answers to is decided by tensors: typed as ``Any``."""
+
+
+class Traced(Base):  # type: ignore[misc]
     """A proxy whose shape is known: ints where static, else proxies of the size."""
 
     @property
@@ -43,8 +47,10 @@ class Traced(Proxy):
     def size(self, axis: int) -> Any:
         """The size along ``axis``: an int where static, else a proxy."""
         static = self.value.shape[axis]
-        return static if isinstance(static, int) else self.tracer.create_proxy(
-            "call_function", torch.ops.aten.sym_size.int, (self, axis % self.dim()), {}
+        return (
+            static
+            if isinstance(static, int)
+            else self.tracer.create_proxy("call_function", torch.ops.aten.sym_size.int, (self, axis % self.dim()), {})
         )
 
     def __len__(self) -> int:
@@ -100,7 +106,7 @@ class Emitter(GraphAppendingTracer):
         args = map_aggregate(node.args, real)
         kwargs = map_aggregate(node.kwargs, real)
         with self.fake or torch.no_grad(), torch.no_grad():
-            if node.op == "call_method":
+            if isinstance(node.target, str):
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return node.target(*args, **kwargs)
 

@@ -54,6 +54,7 @@ def plain(size: Any) -> Group:
 
 
 def is_tokens(atom: Atom) -> bool:
+    """Whether a factor is a token axis, or rows of one."""
     return atom.kind == "tokens" or any(is_tokens(member) for member in atom.members)
 
 
@@ -63,6 +64,7 @@ def has_tokens(group: Group) -> bool:
 
 
 def is_plain(group: Group) -> bool:
+    """Whether the dimension holds neither batch nor tokens."""
     return all(atom.kind == "plain" for atom in group)
 
 
@@ -72,6 +74,7 @@ def is_token_axis(group: Group) -> bool:
 
 
 def token_dims(layout: Layout) -> list[int]:
+    """The dimensions that hold tokens."""
     return [dim for dim, group in enumerate(layout) if has_tokens(group)]
 
 
@@ -83,6 +86,25 @@ def same_axis(a: Atom, b: Atom) -> bool:
         (p.fixed, p.left, p.right) == (q.fixed, q.left, q.right) and same(p.size, q.size)
         for p, q in zip(a.parts, b.parts, strict=True)
     )
+
+
+def rejoined(parts: list[Part], prefix: int, suffix: int) -> list[Part]:
+    """Parts with protected tokens that were cut off and are back in place made one with their space again."""
+    joined = list(parts)
+    for i, part in enumerate(joined):
+        if part.fixed:
+            continue
+        for step, count, room in ((-1, part.left, prefix), (1, part.right, suffix)):
+            beside = joined[i + step] if 0 <= i + step < len(joined) else None
+            if beside is None or not beside.fixed or not 0 < count <= room or not isinstance(beside.size, int):
+                continue
+            if beside.size < count:
+                continue
+            joined[i + step] = replace(beside, size=beside.size - count)
+            left, right = (0, part.right) if step < 0 else (part.left, 0)
+            part = replace(part, size=part.size + count, left=left, right=right)
+        joined[i] = part
+    return [part for part in joined if not part.fixed or not same(part.size, 0)]
 
 
 def same_group(a: Group, b: Group) -> bool:
@@ -97,6 +119,7 @@ def same_group(a: Group, b: Group) -> bool:
 
 
 def weighted(group: Group, value: bool = True) -> Group:
+    """The dimension with its tokens marked as counted by a softmax."""
     return tuple(replace(atom, weighted=value) if atom.kind == "tokens" else atom for atom in group)
 
 

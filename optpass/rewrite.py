@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from optpass.emit import Emitter, Traced, inputs_of
 from optpass.errors import Refusal
 from optpass.layout import Atom, Group, Layout, Part, has_tokens, is_token_axis, plain, same, same_group, token_dims
 from optpass.program import place_of
-from optpass.tokens import Concat, Identity, TokenMap, Value
+from optpass.tokens import NOTHING, Concat, Identity, TokenMap, Value
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ class Level:
     sizes: Value | None
     stale: Tracked
 
+
+HIDDEN = -1e30
+"""What is added to the logits of a key that counts as nothing."""
 
 MASKED_OUT = -1e4
 """A float mask at or below this counts as no attention at all."""
@@ -172,7 +175,8 @@ class Walker:
 
     def _finish(self, node: Node, tap: bool) -> Rewritten:
         results = []
-        for result in node.args[0]:  # type: ignore[union-attr]
+        outputs: Any = node.args[0]
+        for result in outputs:
             if self._is_tracked(result):
                 self.restores.append((result, "a per-token output of the model"))
             results.append(self.restored(result, "the model returns it per token").node)
@@ -286,7 +290,11 @@ class Walker:
         key = (level, tuple((p.fixed, p.left, p.right) for p in atom.parts), len(atom.parts))
         if key not in self._biases:
             counts = self.axis_sizes(atom, level) if self.proportional(level) else None
-            self._biases[key] = None if counts is None else counts.log()
+            bias = None if counts is None else counts.log()
+            if counts is not None and any(entry.map.hides for entry in self.levels[:level]):
+                # the logarithm of a size of nothing is outweighed by logits that differ by more than 85
+                bias = self.emit.call(torch.where, counts > 2 * NOTHING, bias, HIDDEN)
+            self._biases[key] = bias
         return self._biases[key]
 
     def proportional(self, level: int) -> bool:
@@ -312,7 +320,8 @@ class Walker:
             else:
                 shape.append(1)
                 expand.append(-1)
-        x = vector.reshape(shape)
+        behind = any(atom.kind == "batch" for group in layout[dim + 1 :] for atom in group)
+        x = (vector.transpose(0, 1) if behind else vector).reshape(shape)
         if len(shape) == len(layout):
             return x  # type: ignore[no-any-return]
         x = x.expand(expand)
@@ -484,9 +493,8 @@ class Walker:
         for i, (_, atom) in enumerate(slots):
             if atom.kind == "tokens":
                 for step in reversed(range(value.level)):
-                    token_map = self.axis_map(atom, step)
                     old = self._stale(atom, step) if stale else None
-                    x = self._front(x, batch, i, lambda y, m=token_map, o=old: m.restore(y, o))
+                    x = self._front(x, batch, i, partial(self.axis_map(atom, step).restore, stale=old))
         return x.reshape([self.extent(group, 0) for group in layout]) if split else x
 
     def _stale(self, atom: Atom, step: int) -> Any:
@@ -544,7 +552,7 @@ class Builder:
         return self.emit.call(torch.eye, size)
 
     def read(self, node: Node, tokens: int = -2) -> Value | None:
-        """A value of the block with its tokens moved to the front, such as the key, ``[batch, tokens, heads, head_dim]``.
+        """A value of the block such as the key, its tokens in front, ``[batch, tokens, heads, head_dim]``.
 
         Args:
             node: a node of the old graph.
@@ -563,7 +571,7 @@ class Builder:
         shape, stream = value.proxy.value.shape, self._tracked.proxy.value.shape
         if self.level or not same(shape[tokens], stream[self._walker.space.token_dim]) or not same(shape[0], stream[0]):
             return None
-        return value.proxy.movedim(tokens, 1)  # type: ignore[no-any-return]
+        return value.proxy.movedim(tokens, 1)
 
     def follow(self, node: Node) -> Value:
         """A value of the old graph, shaped like the stream, brought to the tokens of this site."""
@@ -573,9 +581,13 @@ class Builder:
         return walker.coerce(walker.value(node), layout, self.level)
 
     def visible(self, mask: Node | None) -> Value | None:
-        """Which tokens any query sees, bool ``[batch or 1, tokens]``, by a mask ``[batch or 1, heads or 1, rows, tokens]``.
+        """Which tokens any query sees, bool ``[batch or 1, tokens]``.
 
-        None where the mask is of other tokens than the stream.
+        Args:
+            mask: ``[batch or 1, heads or 1, rows, tokens]``.
+
+        Returns:
+            None where the mask is of other tokens than the stream.
         """
         if mask is None:
             return None
@@ -587,7 +599,7 @@ class Builder:
             or not same(value.proxy.value.shape[3], self._old_count())
         ):
             return None
-        seen = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
+        seen: Any = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
         seen = seen.to(torch.float32).amax((1, 2)) > 0
         site = self._tracked.layout
         assert site is not None

@@ -27,6 +27,7 @@ from optpass.layout import (
     is_token_axis,
     plain,
     regroup,
+    rejoined,
     same,
     same_group,
     weighted,
@@ -36,7 +37,20 @@ from optpass.rewrite import Fallback, Rule, Several, Tracked, Walker
 
 RULES: dict[str, Rule] = {}
 
-MULTIPLIES = {"mul", "div", "where", "masked_fill", "__and__", "__or__", "bitwise_and", "logical_and", "eq", "ne", "le", "lt"}
+MULTIPLIES = {
+    "mul",
+    "div",
+    "where",
+    "masked_fill",
+    "__and__",
+    "__or__",
+    "bitwise_and",
+    "logical_and",
+    "eq",
+    "ne",
+    "le",
+    "lt",
+}
 """Pointwise ops whose other operand marks positions and is never averaged."""
 
 
@@ -73,6 +87,7 @@ def operand(walker: Walker, node: Node, index: int, name: str | None = None, def
 
 
 def old_shape(node: Node) -> list[Any]:
+    """The shape before the rewrite."""
     return list(node.meta["val"].shape)
 
 
@@ -89,12 +104,14 @@ def layout_of(walker: Walker, node: Node) -> tuple[Tracked, Layout]:
     return value, value.layout or tuple(plain(s) for s in old_shape(node))
 
 
-def only(condition: bool, why: str) -> None:
+def only(condition: Any, why: str) -> None:
+    """Follow the tokens no further, unless the condition holds."""
     if not condition:
         raise Fallback(why)
 
 
 def wrap(dim: int, rank: int) -> int:
+    """A dimension counted from the front."""
     return dim + rank if dim < 0 else dim
 
 
@@ -119,7 +136,19 @@ def broadcast(walker: Walker, node: Node, nodes: list[Node]) -> tuple[Layout, in
 # elementwise
 
 
-@rule("dropout", "type_as", "to", "_to_copy", "contiguous", "clone", "alias", "relu", "masked_fill", "where", "lift_fresh_copy")
+@rule(
+    "dropout",
+    "type_as",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "alias",
+    "relu",
+    "masked_fill",
+    "where",
+    "lift_fresh_copy",
+)
 def pointwise(walker: Walker, node: Node) -> Tracked:
     """Elementwise with broadcasting: older operands are coerced."""
     nodes = [n for n in dict.fromkeys(inputs_of(node)) if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -242,7 +271,9 @@ def matmul(walker: Walker, node: Node) -> Tracked:
     level = max(a.level, b.level)
     rank = max(len(la), len(lb))
     la, lb = ((),) * (rank - len(la)) + la, ((),) * (rank - len(lb)) + lb
-    lead = tuple(next((g for g in pair if not is_plain(g)), max(pair, key=len)) for pair in zip(la[:-2], lb[:-2], strict=True))
+    lead = tuple(
+        next((g for g in pair if not is_plain(g)), max(pair, key=len)) for pair in zip(la[:-2], lb[:-2], strict=True)
+    )
     inner = next((g for g in (la[-1], lb[-2]) if has_tokens(g)), la[-1])
     x = walker.coerce(a, (*lead, la[-2], inner)[-len(old_shape(left)) :], level)  # type: ignore[arg-type]
     y = walker.coerce(b, (*lead, inner, lb[-1])[-len(old_shape(right)) :], level)  # type: ignore[arg-type]
@@ -312,8 +343,8 @@ def reshape(walker: Walker, node: Node) -> Tracked:
         return replace(value, proxy=value.proxy.unsqueeze(dim), layout=(*layout[:dim], (), *layout[dim:]))
     if name == "squeeze":
         old = old_shape(node.args[0])  # type: ignore[arg-type]
-        dims = node.args[1] if len(node.args) > 1 else [d for d, s in enumerate(old) if same(s, 1)]
-        dims = [wrap(d, len(old)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]  # type: ignore[arg-type]
+        dims = operand(walker, node, 1, default=[d for d, s in enumerate(old) if same(s, 1)])
+        dims = [wrap(d, len(old)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
         gone = {d for d in dims if same(old[d], 1)}
         only(all(is_plain(layout[d]) for d in gone), "it squeezes a batch or token axis")
         kept = tuple(g for d, g in enumerate(layout) if d not in gone)
@@ -480,7 +511,10 @@ def select(walker: Walker, node: Node) -> Tracked:
         piece = _cut(walker, value, layout, dim, at, at + 1)
         return replace(piece, proxy=piece.proxy.squeeze(dim), layout=rest)
     inside = 0 <= index < walker.space.prefix or -walker.space.suffix <= index < 0  # type: ignore[operator]
-    only(inside and is_token_axis(layout[dim]) and len(layout[dim][0].parts) == 1, "it selects a token that a map may move")
+    only(
+        inside and is_token_axis(layout[dim]) and len(layout[dim][0].parts) == 1,
+        "it selects a token that a map may move",
+    )
     return replace(value, proxy=value.proxy.select(dim, index), layout=rest)
 
 
@@ -513,7 +547,7 @@ def getitem(walker: Walker, node: Node) -> Tracked:
     """One of several results."""
     several = walker.env[node.args[0]]  # type: ignore[index]
     only(isinstance(several, list), "it indexes one tensor")
-    return several[node.args[1]]  # type: ignore[index, no-any-return]
+    return several[node.args[1]]  # type: ignore[index]
 
 
 @rule("cat")
@@ -522,7 +556,7 @@ def cat(walker: Walker, node: Node) -> Tracked:
     nodes = list(node.args[0])  # type: ignore[arg-type]
     shape = old_shape(node)
     dim = wrap(operand(walker, node, 1, "dim", 0), len(shape))
-    values = [layout_of(walker, n) for n in nodes]  # type: ignore[arg-type]
+    values = [layout_of(walker, n) for n in nodes]
     level = max(t.level for t, _ in values)
     groups: list[Group] = []
     for d in range(len(shape)):
@@ -542,6 +576,7 @@ def cat(walker: Walker, node: Node) -> Tracked:
         target = (*groups[:dim], own, *groups[dim + 1 :])
         content = sum(map(has_tokens, target)) == 1
         proxies.append(walker.coerce(value, target, level, content))
+    parts = rejoined(parts, walker.space.prefix, walker.space.suffix)
     group = (Atom("tokens", shape[dim], tuple(parts)),) if along else plain(shape[dim])
     out = walker.emit.call(torch.ops.aten.cat.default, proxies, dim)
     return Tracked(out, (*groups[:dim], group, *groups[dim + 1 :]), level, all(t.local for t, _ in values))
@@ -551,9 +586,11 @@ def cat(walker: Walker, node: Node) -> Tracked:
 def stack(walker: Walker, node: Node) -> Tracked:
     """Side by side along a new dimension."""
     nodes = list(node.args[0])  # type: ignore[arg-type]
-    values = [layout_of(walker, n) for n in nodes]  # type: ignore[arg-type]
+    values = [layout_of(walker, n) for n in nodes]
     level = max(t.level for t, _ in values)
-    layout = tuple(next((g for g in gs if not is_plain(g)), gs[0]) for gs in zip(*(la for _, la in values), strict=True))
+    layout = tuple(
+        next((g for g in gs if not is_plain(g)), gs[0]) for gs in zip(*(la for _, la in values), strict=True)
+    )
     dim = wrap(operand(walker, node, 1, "dim", 0), len(layout) + 1)
     out = walker.emit.call(node.target, [walker.coerce(t, layout, level) for t, _ in values], dim)
     return Tracked(out, (*layout[:dim], plain(len(nodes)), *layout[dim:]), level, all(t.local for t, _ in values))
@@ -593,7 +630,7 @@ def _token_sum(
     else:
         counts = walker.spread(sizes.to(x.dtype), layout, dim)
         out = (x * counts).sum(dim, keepdim=keep)
-        if op_name(node) == "mean":
+        if op_name(node) != "sum":
             out = out / counts.sum(dim, keepdim=keep)
     return Tracked(out, rest, value.level, local=False)
 
@@ -621,7 +658,7 @@ def embedding(walker: Walker, node: Node) -> Tracked:
 @rule("sym_size", "size")
 def size(walker: Walker, node: Node) -> Tracked:
     """The size before all maps: rules that need the new one compute it from the layout."""
-    value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
+    _, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
     dim = wrap(node.args[1], len(layout))  # type: ignore[arg-type]
     return Tracked(walker.emit.call(operator.add, walker.extent(layout[dim], 0), 0))
 
@@ -662,7 +699,7 @@ def sort(walker: Walker, node: Node) -> Tracked | Several:
 
 
 @rule("floor_divide")
-def floor_divide(walker: Walker, node: Node) -> Tracked:
+def floor_divide(walker: Walker, node: Node) -> Tracked | Several:
     """Of row numbers, by how often each token was repeated: the rows of the tokens themselves."""
     if len(inputs_of(node)) > 1:
         return pointwise(walker, node)
@@ -674,12 +711,89 @@ def floor_divide(walker: Walker, node: Node) -> Tracked:
     return replace(value, proxy=remake(walker, node, {node.args[0]: value.proxy}))  # type: ignore[dict-item]
 
 
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def like(walker: Walker, node: Node) -> Tracked:
+    """A constant for each token."""
+    value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
+    return replace(value, proxy=remake(walker, node, {node.args[0]: value.proxy}), layout=layout, rows=False)  # type: ignore[dict-item]
+
+
+@rule("new_empty", "new_zeros", "new_ones", "new_full")
+def new_tensor(walker: Walker, node: Node) -> Tracked:
+    """Takes nothing but the dtype of its input."""
+    only(not any(walker._is_tracked(n) for n in inputs_of(node)[1:]), "its size depends on the tokens")
+    return Tracked(remake(walker, node, {node.args[0]: walker.value(node.args[0]).proxy}))  # type: ignore[dict-item]
+
+
+@rule("copy")
+def copy(walker: Walker, node: Node) -> Tracked:
+    """The second tensor in the shape and dtype of the first."""
+    nodes = [n for n in node.args[:2] if isinstance(n, Node)]
+    only(len(nodes) == 2, "it writes a number")
+    layout, level = broadcast(walker, node, nodes)
+    new = {n: walker.coerce(walker.value(n), layout, level) for n in nodes}
+    return Tracked(remake(walker, node, new), layout, level, walker.value(nodes[1]).local)
+
+
+@rule("slice_scatter")
+def slice_scatter(walker: Walker, node: Node) -> Tracked:
+    """Writes into a stretch of a plain dimension."""
+    into, what = node.args[:2]
+    dim = wrap(operand(walker, node, 2, "dim", 0), len(old_shape(node)))
+    only(isinstance(what, Node), "it writes a number")
+    (value, layout), (written, other) = layout_of(walker, into), layout_of(walker, what)  # type: ignore[arg-type]
+    only(is_plain(layout[dim]) and is_plain(other[dim]), "it writes into a stretch of the tokens")
+    level = max(value.level, written.level)
+    merged = [a if not is_plain(a) else b for a, b in zip(layout, other, strict=True)]
+    ends = [(*merged[:dim], side[dim], *merged[dim + 1 :]) for side in (layout, other)]
+    new = {into: walker.coerce(value, ends[0], level), what: walker.coerce(written, ends[1], level)}
+    return Tracked(remake(walker, node, new), ends[0], level, value.local and written.local)  # type: ignore[arg-type]
+
+
+@rule("gather", "scatter")
+def gather(walker: Walker, node: Node) -> Tracked:
+    """Along a plain dimension, each token by its own index."""
+    source, places = node.args[0], node.args[2]
+    written = node.args[3] if len(node.args) > 3 and isinstance(node.args[3], Node) else None
+    nodes = [n for n in (source, places, written) if isinstance(n, Node)]
+    dim = wrap(node.args[1], len(old_shape(node)))  # type: ignore[arg-type]
+    values = {n: layout_of(walker, n) for n in nodes}
+    only(all(is_plain(layout[dim]) for _, layout in values.values()), "it looks tokens up by their old number")
+    level = max(value.level for value, _ in values.values())
+    shapes = [old_shape(n) for n in nodes]
+    others = [d for d in range(len(shapes[0])) if d != dim]
+    only(all(same(shape[d], shapes[0][d]) for shape in shapes for d in others), "its operands differ in size")
+    groups = [
+        next((la[d] for _, la in values.values() if not is_plain(la[d])), plain(shapes[0][d]))
+        for d in range(len(shapes[0]))
+    ]
+    new = {}
+    for n, (value, layout) in values.items():
+        new[n] = walker.coerce(value, (*groups[:dim], layout[dim], *groups[dim + 1 :]), level)
+    groups[dim] = plain(old_shape(node)[dim])
+    local = all(value.local for value, _ in values.values())
+    return Tracked(remake(walker, node, new), tuple(groups), level, local)
+
+
 @rule("index")
 def index(walker: Walker, node: Node) -> Tracked:
-    """Rows by row numbers of the new space; any other index means the old one."""
-    source, places = node.args[:2]
-    only(len(places) == 1 and places[0] is not None, "it looks tokens up by their old number")  # type: ignore[arg-type]
-    (value, layout), (order, of) = layout_of(walker, source), layout_of(walker, places[0])  # type: ignore[index, arg-type]
+    """Rows by row numbers of the new space, or rows of a table; any other index means the old one."""
+    source: Any = node.args[0]
+    places: Any = node.args[1]
+    given = [d for d, place in enumerate(places) if place is not None]
+    if len(given) == 1 and not walker._is_tracked(places[given[0]]):
+        value, layout = layout_of(walker, source)
+        (dim,) = given
+        only(is_plain(layout[dim]), "it looks tokens up by their old number")
+        only(places[dim].meta["val"].dtype != torch.bool, "it looks up as many rows as data decides")
+        picked = tuple(plain(size) for size in old_shape(places[dim]))
+        out = remake(walker, node, {source: value.proxy})
+        return replace(value, proxy=out, layout=(*layout[:dim], *picked, *layout[dim + 1 :]))
+    only(given == [0] and len(places) == 1, "it looks tokens up by their old number")
+    (value, layout), (order, of) = layout_of(walker, source), layout_of(walker, places[0])
+    if not walker._is_tracked(source) and not order.rows and order.proxy.dtype != torch.bool:
+        out = walker.emit.call(node.target, value.proxy, [order.proxy])
+        return Tracked(out, (*of, *layout[1:]), order.level, order.local)
     only(order.rows and len(of) == 1 and has_tokens(layout[0]), "it looks tokens up by their old number")
     only(not any(has_tokens(g) for g in layout[1:]), "it looks up one of two token axes")
     out = walker.emit.call(node.target, value.proxy, [order.proxy])
@@ -706,4 +820,3 @@ def grouped(walker: Walker, node: Node) -> Tracked:
 def supported() -> list[str]:
     """Names of the ops with a rule of their own."""
     return sorted(RULES)
-

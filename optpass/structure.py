@@ -18,16 +18,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from optpass.canonical import canonical
+from optpass.canonical import PRODUCTS, RESHAPED, SOFTMAX, canonical, product_above
 from optpass.layout import same
-from optpass.program import Stage, module_path, op_name
+from optpass.program import Stage, module_path, op_name, strip_wrapper
 from optpass.rewrite import MASKED_OUT
 
-INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
-NUMBERED = re.compile(r"(?:^|(?<=\.))[A-Za-z_]+\d+(?=\.|$)")
+INDEX = re.compile(r"(?:^|(?<=\.))\d+(?:@\d+)?(?=\.|$)")
+NUMBERED = re.compile(r"(?:^|(?<=\.))[A-Za-z_]+\d+(?:@\d+)?(?=\.|$)")
+CALL = re.compile(r"@\d+")
+"""The number of a call, where the model calls one module several times."""
 
 PASS_THROUGH = {"to", "_to_copy", "contiguous", "clone", "dropout", "alias", "type_as"}
 NORMS = {"layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm"}
+JOINING = {"cat", "slice", "split", "split_with_sizes", "chunk", "getitem", "add", "mul", *NORMS, *PASS_THROUGH}
+"""Ops between two blocks of one tower whose token counts differ: another modality joins, or leaves."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -84,7 +89,7 @@ class Block:
     """One transformer block.
 
     Attributes:
-        path: module path, such as ``model.layers.2``.
+        path: module path, such as ``model.layers.2``; a module that is called again is ``model.layers.0@1``.
         attentions: its attentions in order, self-attention first among equals.
         entry: the residual stream that enters its first attention.
         after_attention: the stream after the residual of its last attention.
@@ -184,11 +189,18 @@ class _Analysis:
         self.graph = nx.DiGraph()
         self.graph.add_nodes_from(self.nodes)
         self.graph.add_edges_from((source, node) for node in self.nodes for source in node.all_input_nodes)
-        self.paths = {node: module_path(node) for node in self.nodes}
+        self.paths = {node: _call_path(node) for node in self.nodes}
 
     def run(self) -> Structure:
-        attentions = [self._attention(node) for node in self.nodes if op_name(node) == "scaled_dot_product_attention"]
-        attentions = _with_causality(self.stage, self.module, attentions)
+        found: list[tuple[Attention, tuple[Node, ...]]] = []
+        for node in self.nodes:
+            if op_name(node) == "scaled_dot_product_attention":
+                attention = self._attention(node)
+                found.append((attention, () if attention.mask is None else (attention.mask,)))
+            elif op_name(node) in SOFTMAX:
+                found += self._written(node)
+        attentions = _with_causality(self.stage, self.module, found)
+        self.cores = {attention.node for attention in attentions}
         blocks, unplaced = self._blocks(attentions)
         return Structure(self.stage, self.module, tuple(self._towers(blocks)), tuple(unplaced))
 
@@ -214,9 +226,57 @@ class _Analysis:
         query, key, value = (arg for arg in node.args[:3])
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         causal = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
-        assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+        assert isinstance(query, Node)
+        assert isinstance(key, Node)
+        assert isinstance(value, Node)
         mask = mask if isinstance(mask, Node) else None
         return Attention(node, query, key, value, mask, causal, cross=False, padded=mask in self._valued)
+
+    def _written(self, node: Node) -> Iterator[tuple[Attention, tuple[Node, ...]]]:
+        """An attention that stays written out, since something acts on its scores, and its masks."""
+        product, after = product_above(node.args[0]), self._product_below(node)
+        if product is None or after is None:
+            return
+        query, key = product.args[-2:] if op_name(product) == "baddbmm" else product.args[:2]
+        value = next((arg for arg in _operands(after) if not self._depends_or_is(arg, node)), None)
+        if not isinstance(query, Node) or not isinstance(key, Node) or value is None:
+            return
+        if not {query, key, value} <= self._variable:
+            return
+        last = (-1, -2), (-2, -1), (_rank(key) - 2, _rank(key) - 1), (_rank(key) - 1, _rank(key) - 2)
+        if op_name(key) == "transpose" and key.args[1:3] in last and isinstance(key.args[0], Node):
+            key = key.args[0]
+        between = {product, node}
+        for at in self.nodes[self.order[product] : self.order[node]]:
+            if any(source in between for source in at.all_input_nodes):
+                between.add(at)
+        masks = [
+            arg
+            for at in sorted(between - {product, node}, key=self.order.__getitem__)
+            if op_name(at) in ("add", "sub") and self._depends(node, at)
+            for arg in _operands(at)
+            if arg not in between and _rank(arg) >= 2
+        ]
+        mask = next((m for m in masks if m in self._valued), masks[0] if masks else None)
+        yield Attention(after, query, key, value, mask, False, False, padded=mask in self._valued), tuple(masks)
+
+    def _product_below(self, node: Node) -> Node | None:
+        """The matrix product that the probabilities of a softmax go into."""
+        queue, seen = [node], {node}
+        while queue and len(seen) < 24:
+            for user in queue.pop(0).users:
+                name = op_name(user)
+                if name in PRODUCTS:
+                    return user
+                moved = name in (*RESHAPED, "slice", "transpose", "permute", "dropout", "masked_fill", "where")
+                elementwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+                if user not in seen and (moved or elementwise):
+                    seen.add(user)
+                    queue.append(user)
+        return None
+
+    def _depends_or_is(self, node: Node, source: Node) -> bool:
+        return node is source or self._depends(node, source)
 
     # blocks
 
@@ -229,6 +289,11 @@ class _Analysis:
                 unplaced.append((attention, "its output is added to no residual stream"))
                 continue
             add, stream = found
+            if _rank(stream) != 3:
+                shape = ", ".join(str(size) for size in stream.meta["val"].shape)
+                what = f"its residual stream [{shape}] is no [batch, tokens, features]"
+                unplaced.append((attention, what))
+                continue
             cross = not self._depends(attention.key, stream)
             placed.append((replace(attention, cross=cross), add, stream))
         groups: dict[str, list[tuple[Attention, Node, Node]]] = defaultdict(list)
@@ -252,7 +317,7 @@ class _Analysis:
         while queue:
             node = queue.pop(0)
             for user in sorted(node.users, key=self.order.__getitem__):
-                if user in seen or op_name(user) == "scaled_dot_product_attention":
+                if user in seen or user in self.cores:
                     continue
                 seen.add(user)
                 stream = None
@@ -329,11 +394,32 @@ class _Analysis:
     # towers
 
     def _towers(self, blocks: Sequence[Block]) -> Iterator[Tower]:
-        groups: dict[tuple[str, int], list[Block]] = defaultdict(list)
+        groups: list[tuple[Any, list[Block]]] = []
         for block in blocks:
-            groups[_container(block.path), int(block.entry.meta["val"].shape[-1])].append(block)
-        for (path, _), members in groups.items():
+            shape = block.entry.meta["val"].shape
+            key = (_container(block.path), str(shape[self._axes(block)[1]]), str(shape[2]))
+            own = next((g for k, g in reversed(groups) if k == key and self._follows(g[-1], block)), None)
+            if own is None:
+                groups.append((key, [block]))
+            else:
+                own.append(block)
+        for (path, *_), members in groups:
             yield self._tower(path, members)
+
+    def _follows(self, before: Block, block: Block) -> bool:
+        """Whether the stream of one block goes on in another, whole or with tokens joined to it or taken away."""
+        if _same_shape(before.exit, block.entry):
+            return self._depends_or_is(block.entry, before.exit) or self._depends_or_is(block.entry, before.streams[0])
+        queue, seen = [block.entry], {block.entry}
+        while queue and len(seen) < 60:
+            at = queue.pop(0)
+            if at in before.streams:
+                return True
+            if op_name(at) in JOINING:
+                fresh = [source for source in at.all_input_nodes if source not in seen]
+                seen.update(fresh)
+                queue += fresh
+        return False
 
     def _tower(self, path: str, blocks: Sequence[Block]) -> Tower:
         streams = {node for block in blocks for node in (block.entry, *block.streams)}
@@ -363,13 +449,16 @@ class _Analysis:
         return TokenSpace(size, token_dim, batch_dim, prefix, suffix, causal, grid, spans, members)
 
     def _axes(self, block: Block) -> tuple[int, int]:
-        """Token and batch dimension of the stream: by the token count of the attention where the rank leaves a choice."""
-        shape = block.entry.meta["val"].shape
+        """Token and batch dimension of the stream: queries have its tokens as rows, and its batch in front."""
+        shape = [_hint(size) for size in block.entry.meta["val"].shape]
+        attention = block.attention or block.attentions[0]
+        lead, rows = _hint(attention.query.meta["val"].shape[0]), _hint(attention.query.meta["val"].shape[-2])
+        first = [rows == shape[0] and lead % shape[1] == 0, rows == shape[1] and lead % shape[0] == 0]
+        if first[0] != first[1]:
+            return (0, 1) if first[0] else (1, 0)
         batches = [v.shape[0] for v in self.stage.example if v.dim()]
-        if len(shape) == 3 and batches and all(b == batches[0] for b in batches):
-            if _hint(shape[0]) != batches[0] and _hint(shape[1]) == batches[0]:
-                return 0, 1
-        return 1, 0
+        turned = bool(batches) and all(b == batches[0] for b in batches) and shape[0] != batches[0] == shape[1]
+        return (0, 1) if turned else (1, 0)
 
     def _learned_ends(self, entry: Node, dim: int) -> tuple[int, int]:
         """Tokens that a ``cat`` before the first block takes from parameters, in front and behind."""
@@ -414,7 +503,7 @@ class _Analysis:
         for node in nx.descendants(self.graph, entry):
             if op_name(node) not in ("select", "slice"):
                 continue
-            value = node.args[0].meta["val"]  # type: ignore[union-attr]
+            value = node.args[0].meta["val"]
             at = node.args[1] if len(node.args) > 1 else 0
             if value.dim() != 3 or at not in (dim, dim - 3) or not same(value.shape[dim], size):
                 continue
@@ -438,19 +527,20 @@ class _Analysis:
             shape = node.meta["val"].shape
             if len(shape) != 3 or not isinstance(mask, Node) or not same(shape[1], size):
                 continue
-            count = _numel(source) // (int(shape[0]) * int(shape[2]))  # type: ignore[arg-type]
+            count = _hint(_numel(source)) // (_hint(shape[0]) * _hint(shape[2]))  # type: ignore[arg-type]
             flags = _evaluate(self.stage, self.module, [mask])[mask]
-            first = int(flags.expand(*node.meta["val"].shape)[0, :, 0].float().argmax())
-            return {"image": mask}, {"image": (first, int(count))}
+            first = int(flags.expand(*(_hint(size) for size in shape))[0, :, 0].float().argmax())
+            return {"image": mask}, {"image": (first, count)}
         return {}, {}
 
 
-def _with_causality(stage: Stage, module: GraphModule, attentions: Sequence[Attention]) -> list[Attention]:
-    """Attentions whose mask lets no token see a later one are causal, however the model wrote it."""
-    masks = {a.mask for a in attentions if a.mask is not None and _hint(a.query.meta["val"].shape[-2]) > 1}
-    values = _evaluate(stage, module, [mask for mask in masks if mask is not None])
-    hidden = {mask: _is_causal(value) for mask, value in values.items()}
-    return [replace(a, causal=a.causal or hidden.get(a.mask, False)) for a in attentions]  # type: ignore[arg-type]
+def _with_causality(
+    stage: Stage, module: GraphModule, found: Sequence[tuple[Attention, tuple[Node, ...]]]
+) -> list[Attention]:
+    """Attentions of which one mask lets no token see a later one are causal, however the model wrote it."""
+    wanted = {mask for a, masks in found for mask in masks if _hint(a.query.meta["val"].shape[-2]) > 1}
+    hidden = {mask: _is_causal(value) for mask, value in _evaluate(stage, module, list(wanted)).items()}
+    return [replace(a, causal=a.causal or any(hidden.get(mask, False) for mask in masks)) for a, masks in found]
 
 
 def _is_causal(mask: Tensor) -> bool:
@@ -512,8 +602,21 @@ def _numel(node: Node) -> Any:
 
 
 def _hint(size: Any) -> int:
-    """A size as a number: of a dynamic one the size in the example."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size as a number: of a dynamic one the size in the example; 1 where it depends on data."""
+    if isinstance(size, int):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)
+
+
+def _call_path(node: Node) -> str:
+    """The module path of a node, with the number of the call behind each module that is called again."""
+    path = module_path(node)
+    for key, (outer, _) in reversed((node.meta.get("nn_module_stack") or {}).items()):
+        call = CALL.search(key.rpartition(".")[2])
+        if call is not None:
+            outer = strip_wrapper(outer)
+            path = outer + call[0] + path[len(outer) :]
+    return path
 
 
 def _inside(path: str, prefix: str) -> bool:
@@ -522,7 +625,7 @@ def _inside(path: str, prefix: str) -> bool:
 
 def _container(path: str) -> str:
     """What holds a block and its siblings, ``encoder`` for ``encoder.layer.3``; stacks side by side share it."""
-    stem = re.sub(r"\.?\d+$", "", path)
+    stem = re.sub(r"\.?\d+$", "", CALL.sub("", path))
     return stem.rpartition(".")[0]
 
 

@@ -54,6 +54,7 @@ class TokenMap:
         ordered: the order of tokens is kept, so that a causal flag stays true.
         exact: ``restore`` needs no other value for tokens that the map dropped.
         proportional: attention after the map weighs each key by the number of tokens it stands for.
+        hides: some tokens count as nothing.
     """
 
     source: Count
@@ -62,6 +63,7 @@ class TokenMap:
     ordered = True
     exact = True
     proportional = True
+    hides = False
 
     def carry(self, x: Value, sizes: Value | None = None) -> Value:
         """Contents ``[batch, source, ...]`` -> ``[batch, target, ...]``; ``sizes`` ``[batch, source]`` weigh means."""
@@ -308,6 +310,7 @@ class Masked(TokenMap):
     kept: Value = None
 
     exact = False
+    hides = True
 
     def carry(self, x: Value, sizes: Value | None = None) -> Value:
         return x
@@ -402,7 +405,7 @@ class Concat(TokenMap):
 
     def pick(self, x: Value) -> Value:
         if isinstance(x.shape[0], int) and x.shape[0] == 1:
-            batch = next(part.index.shape[0] for part in self.parts if not isinstance(part, Identity))  # type: ignore[attr-defined]
+            batch = next(_batch(part) for part in self.parts if not isinstance(part, Identity))
             x = x.expand(batch, *[-1] * (x.dim() - 1))
         counts = [part.source for part in self.parts]
         return torch.cat([part.pick(piece) for part, piece in zip(self.parts, self._split(x, counts), strict=True)], 1)
@@ -436,6 +439,12 @@ class Slice(TokenMap):
 
     def resize(self, sizes: Value | None) -> Value | None:
         return None if sizes is None else self.carry(sizes)
+
+
+def _batch(token_map: TokenMap) -> Count:
+    """The number of samples of a map: the first size of any tensor that defines it."""
+    values = (getattr(token_map, name, None) for name in ("index", "kept", "group", "weight"))
+    return next(value.shape[0] for value in values if value is not None)
 
 
 def pool(source: int, target: int, batch: int) -> Matrix:
