@@ -44,7 +44,7 @@ def show_optimize(result: OptimizeResult, console: Console) -> None:
     else:
         console.print("no passes: the engine is the model as it was\n")
     console.print(fidelity_table(result.fidelity))
-    show_metric(result.metric, result.fidelity, console)
+    show_metric(result.metric, console)
     show_latency(result.latency, console)
     written = f"wrote {result.artifact}" if result.artifact else "no artifact was written"
     console.print(escape(written), soft_wrap=True)
@@ -54,7 +54,7 @@ def show_verify(result: VerifyResult, console: Console) -> None:
     """An artifact, checked again."""
     console.print(f"{result.files} files, every hash as written\n")
     console.print(fidelity_table(result.fidelity))
-    show_metric(result.metric, result.fidelity, console)
+    show_metric(result.metric, console)
     console.print(f"{'verified' if result.ok else 'not verified:'} {escape(result.artifact)}", soft_wrap=True)
 
 
@@ -111,7 +111,7 @@ def fidelity_table(rows: Iterable[Fidelity]) -> Table:
     return table
 
 
-def show_metric(rows: Sequence[Metric], fidelity: Sequence[Fidelity], console: Console) -> None:
+def show_metric(rows: Sequence[Metric], console: Console) -> None:
     """The metric before and after, with intervals, and what it may be read as."""
     if not rows:
         return
@@ -120,9 +120,9 @@ def show_metric(rows: Sequence[Metric], fidelity: Sequence[Fidelity], console: C
         table.add_column(heading)
     for heading in ("samples", "before", "after", "drop"):
         table.add_column(heading, justify="right")
-    for engine, row in zip(_engines(rows, fidelity), rows, strict=True):
+    for row in rows:
         table.add_row(
-            escape(engine),
+            escape(row.engine),
             escape(row.name),
             f"{row.samples}",
             interval(row.dense, ".4f"),
@@ -135,13 +135,6 @@ def show_metric(rows: Sequence[Metric], fidelity: Sequence[Fidelity], console: C
     console.print()
 
 
-def _engines(rows: Sequence[Metric], fidelity: Sequence[Fidelity]) -> list[str]:
-    """The engine of each figure: as many figures for each engine, in the order in which they were checked."""
-    names = list(dict.fromkeys(row.engine for row in fidelity if not row.engine.startswith("dense/")))
-    each = len(rows) // len(names) if names else 0
-    return [name for name in names for _ in range(each)] if each * len(names) == len(rows) else [""] * len(rows)
-
-
 def show_arms(arms: Mapping[str, OptimizeResult], console: Console) -> None:
     """The metric of several schedules on the same engines, one row each, beside that of the unmodified model."""
     table = _table("quality on the engine, with 95 % intervals")
@@ -150,9 +143,9 @@ def show_arms(arms: Mapping[str, OptimizeResult], console: Console) -> None:
     for heading in ("samples", "before", "after", "drop"):
         table.add_column(heading, justify="right")
     for arm, result in arms.items():
-        for engine, row in zip(_engines(result.metric, result.fidelity), result.metric, strict=True):
+        for row in result.metric:
             numbers = (interval(row.dense, ".4f"), interval(row.optimized, ".4f"), interval(row.drop, "+.4f"))
-            table.add_row(escape(engine), escape(arm), escape(row.name), f"{row.samples}", *numbers)
+            table.add_row(escape(row.engine), escape(arm), escape(row.name), f"{row.samples}", *numbers)
     console.print(table)
 
 

@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optpass.api import OptimizeResult, inspect, optimize
+    from optpass.api import bench, inspect, optimize, verify
     from optpass.errors import OptpassError
+    from optpass.results import OptimizeResult
     from optpass.runtime.session import Session, load
 
 __version__ = "0.1.0"
@@ -19,13 +20,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "optimize": "optpass.api",
     "inspect": "optpass.api",
-    "OptimizeResult": "optpass.api",
+    "verify": "optpass.api",
+    "bench": "optpass.api",
+    "OptimizeResult": "optpass.results",
     "OptpassError": "optpass.errors",
     "Session": "optpass.runtime.session",
     "load": "optpass.runtime.session",
 }
 
-__all__ = ["OptimizeResult", "OptpassError", "Session", "inspect", "load", "optimize"]
+__all__ = ["OptimizeResult", "OptpassError", "Session", "bench", "inspect", "load", "optimize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

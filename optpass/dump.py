@@ -12,7 +12,15 @@ from torch.fx.node import map_aggregate
 from optpass.program import Stage, module_path, op_name, place_of, strip_wrapper
 from optpass.structure import Structure, TokenSpace
 
-DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32", "bool": "b"}
+DTYPES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float64": "f64",
+    "int64": "i64",
+    "int32": "i32",
+    "bool": "b",
+}
 
 
 def tree(structure: Structure) -> str:
@@ -89,7 +97,9 @@ def graph(module: GraphModule) -> str:
         maker = node.meta.get("custom", {}).get("optpass", "")
         arguments = ", ".join([*(_argument(a, names) for a in node.args), *_keywords(node, names)])
         end = maker or place_of(node).line
-        lines.append(f"{'+' if maker else ' '} {names[node]}: {_type(node)} = {op_name(node)}({arguments})  {end}".rstrip())
+        lines.append(
+            f"{'+' if maker else ' '} {names[node]}: {_type(node)} = {op_name(node)}({arguments})  {end}".rstrip()
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -38,7 +38,9 @@ def load_recipe(path: Path) -> list[Pass]:
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
-        raise OptpassError("missing-file", f"recipe {path} cannot be read: {error.strerror}", "check the path") from error
+        raise OptpassError(
+            "missing-file", f"recipe {path} cannot be read: {error.strerror}", "check the path"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptpassError("recipe", f"recipe {path} is no TOML: {error}", "mend the file") from error
     unknown = sorted(set(content) - {"pass"})
@@ -162,4 +164,6 @@ def _wrong(text: str, at: int) -> OptpassError:
     if not text.strip():
         return OptpassError("passes-grammar", "no pass is named", f"name one or more, {EXAMPLE}")
     found = f"{text[at]!r}" if at < len(text) else "the end"
-    return OptpassError("passes-grammar", f"{text!r}: a pass or option was expected, not {found}", f"write it {EXAMPLE}")
+    return OptpassError(
+        "passes-grammar", f"{text!r}: a pass or option was expected, not {found}", f"write it {EXAMPLE}"
+    )

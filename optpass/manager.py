@@ -11,7 +11,7 @@ import networkx as nx
 from torch import Tensor
 from torch.fx import Node
 
-from optpass import verify
+from optpass import probes
 from optpass.errors import OptpassError, Refusal
 from optpass.passes.base import Pass, Site
 from optpass.program import Program, Stage, place_of
@@ -141,7 +141,7 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
     placed = (*state.placed, Placed(made, tuple(sites)))
     try:
         rewritten = rewrite(state.structure, placed, tap=True)
-        probes, outputs, failure = _probe(state, placed, rewritten)
+        found, outputs, failure = _probe(state, placed, rewritten)
         if not failure:
             plain = rewrite(state.structure, placed)
             stage = state.structure.stage.retraced(plain.module)
@@ -157,14 +157,14 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
     record = record.model_copy(
         update={
             "tokens": [_size(s) for s in sizes],
-            "probes": probes,
+            "probes": found,
             "restored": sorted({f"{place_of(node)}: {why}" for node, why in rewritten.restored}),
         }
     )
     if not failure:
         traced = stage.run(stage.example)
-        gap = verify.difference(traced, outputs)
-        if gap > verify.tolerance(outputs):
+        gap = probes.difference(traced, outputs)
+        if gap > probes.tolerance(outputs):
             failure = f"the outputs changed by {gap:.1e} when the rewritten graph was traced again"
     if failure:
         return record.model_copy(update={"status": "rolled_back", "reason": failure}), state
@@ -178,22 +178,22 @@ def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tup
     last = placed[-1]
     still = Placed(last.made.at_identity(), last.sites)
     at_identity = rewrite(structure, (*placed[:-1], still)).module
-    shuffled = _walk(structure, placed, lambda made, site, number: verify.permutation(number)).module
-    results = verify.run(rewritten.module, example)
+    shuffled = _walk(structure, placed, lambda made, site, number: probes.permutation(number)).module
+    results = probes.run(rewritten.module, example)
     outputs, taps = results[: len(dense)], results[len(dense) :]
     found = {
-        "identity": verify.difference(verify.run(at_identity, example), state.outputs),
-        "permutation": verify.difference(verify.run(shuffled, example), dense),
+        "identity": probes.difference(probes.run(at_identity, example), state.outputs),
+        "permutation": probes.difference(probes.run(shuffled, example), dense),
     }
-    builds = verify.references(rewritten, taps)
+    builds = probes.references(rewritten, taps)
     if builds is not None:
         marked = _walk(structure, placed, lambda made, site, number: builds[number]).module
-        found["equivalence"] = verify.difference(verify.run(marked, example), outputs)
+        found["equivalence"] = probes.difference(probes.run(marked, example), outputs)
     smallest = structure.stage.resized({name: range_.minimum for name, range_ in structure.stage.ranges.items()})
     if structure.stage.ranges:
         small = structure.stage.run(smallest)
-        found["permutation"] = max(found["permutation"], verify.difference(verify.run(shuffled, smallest), small))
-    limit = verify.tolerance(dense)
+        found["permutation"] = max(found["permutation"], probes.difference(probes.run(shuffled, smallest), small))
+    limit = probes.tolerance(dense)
     for name, value in found.items():
         if not value <= limit:
             return (

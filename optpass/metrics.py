@@ -299,7 +299,9 @@ def evaluate(
     sides = [_interval(x, w, measure, kind) for x in (a, b)]
     drop = bootstrap(np.stack([a, b], 1), w, lambda mean: measure.final(mean[:, 0]) - measure.final(mean[:, 1]))
     label = f"{measure.label}; {kind} intervals, bootstrap for the drop, over {len(w)} samples"
-    return Metric(name=name, samples=len(w), dense=sides[0], optimized=sides[1], drop=drop, label=label)
+    return Metric(
+        engine=optimized.name, name=name, samples=len(w), dense=sides[0], optimized=sides[1], drop=drop, label=label
+    )
 
 
 def _interval(values: Array, weights: Array, measure: Measure, kind: str) -> Interval:
@@ -391,14 +393,16 @@ def agreement(
     figures = [("cosine-agreement", close, 1.0)]
     if not np.isnan(same).any():
         figures = [("top1-agreement", same, 1.0), ("kl-divergence", divergence, 0.0), *figures]
-    return [_agreement(name, values, best, label) for name, values, best in figures]
+    return [_agreement(optimized.name, name, values, best, label) for name, values, best in figures]
 
 
-def _agreement(name: str, values: Array, best: float, label: str) -> Metric:
+def _agreement(engine: str, name: str, values: Array, best: float, label: str) -> Metric:
     interval = bootstrap(values, np.ones(len(values)), lambda mean: mean)
     perfect = Interval(value=best, low=best, high=best)
     drop = Interval(value=best - interval.value, low=best - interval.high, high=best - interval.low)
-    return Metric(name=name, samples=len(values), dense=perfect, optimized=interval, drop=drop, label=label)
+    return Metric(
+        engine=engine, name=name, samples=len(values), dense=perfect, optimized=interval, drop=drop, label=label
+    )
 
 
 def _agree(a: Array, b: Array) -> tuple[Array, Array, Array]:

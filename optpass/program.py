@@ -85,7 +85,9 @@ class Stage:
     def retraced(self, module: torch.nn.Module) -> Stage:
         """The stage with ``module``, a rewritten copy of ``self.module``, captured anew under the same signature."""
         exported = trace(module, self.example, self.inputs, self.ranges)
-        return replace(self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self.inputs))
+        return replace(
+            self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self.inputs)
+        )
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,16 @@ def trace(
 ) -> ExportedProgram:
     """``torch.export`` of a module of flat positional tensors, with the named dimensions dynamic."""
     dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in ranges.items()}
-    shapes = tuple({axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
+    )
     with torch.no_grad():
         return torch.export.export(module, tuple(example), dynamic_shapes=shapes if dims else None, strict=strict)
 
 
-def output_specs(exported: ExportedProgram, names: Sequence[str], inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+def output_specs(
+    exported: ExportedProgram, names: Sequence[str], inputs: Sequence[TensorSpec]
+) -> tuple[TensorSpec, ...]:
     """Specs of the outputs of a traced graph; a symbolic size gets the name of the input dimension it equals."""
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     results = next(node for node in exported.graph.nodes if node.op == "output").args[0]
@@ -163,7 +169,9 @@ def strip_wrapper(path: str) -> str:
 
 def place_of(node: Node) -> Place:
     """Where in the user's model a node comes from: module, op, and the innermost line outside torch."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
     own = [line for line in lines if f"{os.sep}torch{os.sep}" not in line]
     match = re.match(r'File "(.*)", line (\d+)', own[-1]) if own else None
     line = f"{os.path.basename(match[1])}:{match[2]}" if match else ""

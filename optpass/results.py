@@ -71,12 +71,14 @@ class Metric(Result):
     """A figure of quality, taken on the engines.
 
     Attributes:
+        engine: name of the optimized engine in the artifact.
         name: ``top1`` and the like on labelled data; ``agreement`` against the dense engine where there are none.
         dense, optimized: the metric with its 95 % interval, over samples.
         drop: dense minus optimized, paired by sample.
         label: what the figure may be read as, in a sentence.
     """
 
+    engine: str
     name: str
     samples: int
     dense: Interval
@@ -110,7 +112,7 @@ class Latency(Result):
 
 
 class OptimizeResult(Result):
-    """The outcome of ``optimize``; ``ok`` only if every pass was kept and every engine holds."""
+    """The outcome of ``optimize``; ``ok`` only if every pass was kept, or skipped on request, and all engines hold."""
 
     ok: bool
     artifact: str

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optpass.capture import capture
+from optpass.grammar import parse
+from optpass.manager import Placed, rewrite
 from optpass.program import Program
+from optpass.rewrite import Rewritten
+from optpass.structure import analyse
 
 WIDTH, HEADS, TOKENS = 32, 4, 18
 
@@ -46,7 +52,13 @@ class Small(nn.Module):
     """
 
     def __init__(
-        self, *, mask: str = "", rotary: bool = False, positions: bool = False, causal: bool = False, head: str = "class"
+        self,
+        *,
+        mask: str = "",
+        rotary: bool = False,
+        positions: bool = False,
+        causal: bool = False,
+        head: str = "class",
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -85,3 +97,15 @@ def program(**options: object) -> Program:
         "bias": torch.randn(2, TOKENS, TOKENS),
     }
     return capture((Small(**options), (), inputs))  # type: ignore[arg-type]
+
+
+def rewritten(passes: str, **options: Any) -> tuple[Rewritten, dict[str, torch.Tensor]]:
+    """The rewritten graph of a small model, and the tensors that define its maps."""
+    model = program(**options).main
+    structure = analyse(model)
+    (made,) = parse(passes)
+    sites = made.sites(structure)
+    assert isinstance(sites, list)
+    result = rewrite(structure, [Placed(made, tuple(sites))], tap=True)
+    taps = result.module(*model.example)[len(model.outputs) :]
+    return result, dict(zip(result.tapped, taps, strict=True))

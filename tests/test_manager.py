@@ -18,7 +18,7 @@ from optpass.passes.base import Pass, Reduction, ReductionOptions, Site, registr
 from optpass.rewrite import Builder
 from optpass.structure import Structure
 from optpass.tokens import Gather, TokenMap
-from optpass.verify import difference
+from optpass.probes import difference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small import program
@@ -27,7 +27,9 @@ from small import program
 class Named(Pass):
     identity: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, name: str, before: tuple[str, ...] = (), after: tuple[str, ...] = (), conflicts: tuple[str, ...] = ()):
+    def __init__(
+        self, name: str, before: tuple[str, ...] = (), after: tuple[str, ...] = (), conflicts: tuple[str, ...] = ()
+    ):
         self.name, self.before, self.after, self.conflicts = name, before, after, conflicts  # type: ignore[misc]
 
 

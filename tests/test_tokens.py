@@ -56,7 +56,9 @@ def tokens(count: int, seed: int = 0) -> Tensor:
 
 
 shapes = st.tuples(st.integers(1, 9), st.integers(0, 6)).map(lambda s: (s[0] + s[1], s[0]))
-maps = st.builds(lambda kind, shape, seed: random_map(kind, *shape, seed), st.sampled_from(KINDS), shapes, st.integers(0, 99))
+maps = st.builds(
+    lambda kind, shape, seed: random_map(kind, *shape, seed), st.sampled_from(KINDS), shapes, st.integers(0, 99)
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +79,9 @@ def test_merging_keeps_the_sum_of_all_tokens(token_map: TokenMap) -> None:
     x, sizes = tokens(token_map.source), torch.randint(1, 5, (BATCH, token_map.source)).float()
     after, weights = token_map.carry(x, sizes), token_map.resize(sizes)
     weights = sizes.gather(1, token_map.index) if weights is None else weights  # type: ignore[attr-defined]
-    torch.testing.assert_close((after * weights.unsqueeze(-1)).sum(1), (x * sizes.unsqueeze(-1)).sum(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        (after * weights.unsqueeze(-1)).sum(1), (x * sizes.unsqueeze(-1)).sum(1), atol=1e-4, rtol=1e-4
+    )
 
 
 @settings(max_examples=60, deadline=None)

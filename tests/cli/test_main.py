@@ -40,6 +40,7 @@ def around(value: float, width: float = 0.02) -> Interval:
 
 FIDELITY = Fidelity(engine="onnxruntime", output="logits", difference=2e-6, tolerance=1e-4, shapes=[{"n": 1}], ok=True)
 METRIC = Metric(
+    engine="onnxruntime-f32",
     name="top1",
     samples=2000,
     dense=around(0.881),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from optpass import rules, verify
+from optpass import probes, rules
 from optpass.grammar import parse
 from optpass.layout import Layout
 from optpass.manager import apply
@@ -139,8 +139,8 @@ def test_a_causal_flag_that_outlives_the_order_is_noticed(monkeypatch: pytest.Mo
 
 def test_differences_count_nan_infinity_and_shapes() -> None:
     one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
-    assert verify.difference([one], [one]) == 0
-    assert verify.difference([nan], [nan]) == 0
-    assert verify.difference([one], [nan]) == float("inf")
-    assert verify.difference([one], [torch.ones(3)]) == float("inf")
-    assert verify.difference([torch.tensor([float("inf")])], [torch.tensor([float("-inf")])]) == float("inf")
+    assert probes.difference([one], [one]) == 0
+    assert probes.difference([nan], [nan]) == 0
+    assert probes.difference([one], [nan]) == float("inf")
+    assert probes.difference([one], [torch.ones(3)]) == float("inf")
+    assert probes.difference([torch.tensor([float("inf")])], [torch.tensor([float("-inf")])]) == float("inf")
