@@ -129,6 +129,8 @@ class Walker:
         self.root_count: Any = None
         self.constants: dict[str, torch.Tensor] = {}
         self._coerced: dict[Any, Traced] = {}
+        self._reached: dict[Any, dict[int, Traced]] = {}
+        self._maps: dict[Any, TokenMap] = {}
         self._restored: dict[Node, Traced] = {}
         self._biases: dict[Any, Traced | None] = {}
 
@@ -373,18 +375,11 @@ class Walker:
                 start[dim] = origin
         if not start:
             return x
-        key = (
-            x.node,
-            level,
-            content,
-            offset,
-            tuple(start.items()),
-            tuple(len(g) for g in layout),
-            self._batch_dim(layout),
-        )
-        if key not in self._coerced:
-            self._coerced[key] = self._map_dims(x, layout, present, start, level, content)
-        return self._coerced[key]
+        self._batch_dim(layout)
+        key = (x.node, content, tuple(start.items()), tuple(map(_signature, layout)))
+        if (key, level) not in self._coerced:
+            self._coerced[key, level] = self._map_dims(x, layout, present, start, level, content, key)
+        return self._coerced[key, level]
 
     def _batch_dim(self, layout: Layout) -> int:
         found = [d for d, group in enumerate(layout) if any(a.kind == "batch" for a in group)]
@@ -393,14 +388,24 @@ class Walker:
         return found[0]
 
     def _map_dims(
-        self, x: Traced, layout: Layout, present: list[bool], start: dict[int, int], level: int, content: bool
+        self, x: Traced, layout: Layout, present: list[bool], start: dict[int, int], level: int, content: bool, key: Any
     ) -> Traced:
-        """Bring the token axes at the dimensions in ``start`` up to ``level``, from the level given there."""
+        """Bring the token axes at the dimensions in ``start`` up to ``level``, from the level given there.
+
+        What was reached on the way to an earlier level is kept under ``key``: a mask that every block reads is brought
+        one level further by each, not up from the first.
+        """
         for _ in range(len(layout) - x.dim()):
             x = x.unsqueeze(0)
         slots = [(dim, atom) for dim, group in enumerate(layout) for atom in (group or (Atom("plain", 1),))]
         split = len(slots) > len(layout)
-        if split:
+        # other token axes of the value are at this very level, so that nothing can be taken over from an earlier one
+        settled = any(has_tokens(g) and present[d] and d not in start for d, g in enumerate(layout))
+        reached = self._reached.setdefault((key, level) if settled else key, {})
+        first = max((step for step in reached if step <= level), default=min(start.values()))
+        if first in reached:
+            x = reached[first]
+        elif split:
             x = x.reshape([
                 1 if not present[dim]
                 else x.shape[dim] if len(layout[dim]) <= 1
@@ -408,10 +413,11 @@ class Walker:
                 for dim, atom in slots
             ])  # fmt: skip
         batch = next(i for i, (_, atom) in enumerate(slots) if atom.kind == "batch")
-        for i, (dim, atom) in enumerate(slots):
-            if atom.kind == "tokens" and dim in start:
-                for step in range(start[dim], level):
+        for step in range(first, level):
+            for i, (dim, atom) in enumerate(slots):
+                if atom.kind == "tokens" and start.get(dim, level) <= step:
                     x = self._map_dim(x, batch, i, atom, step, content)
+            reached[step + 1] = x
         if split:
             full = [self.extent((atom,), level) for _, atom in slots]
             grown = {d for (d, atom), here in zip(slots, x.value.shape, strict=True) if not same(here, 1)}
@@ -441,12 +447,15 @@ class Walker:
 
     def axis_map(self, atom: Atom, step: int) -> TokenMap:
         """Map number ``step`` as it acts on an axis, which may hold other tokens beside the space."""
-        whole = self.levels[step].map
-        parts = [
-            Identity(p.size, p.size) if p.fixed else whole.cut(p.left, p.right) if p.left or p.right else whole
-            for p in atom.parts
-        ]
-        return Concat.of(tuple(parts))
+        key = (step, tuple((str(p.size) if p.fixed else "", p.left, p.right) for p in atom.parts))
+        if key not in self._maps:
+            whole = self.levels[step].map
+            parts = [
+                Identity(p.size, p.size) if p.fixed else whole.cut(p.left, p.right) if p.left or p.right else whole
+                for p in atom.parts
+            ]
+            self._maps[key] = Concat.of(tuple(parts))
+        return self._maps[key]
 
     # restoring
 
@@ -642,6 +651,13 @@ class Builder:
             left = sum(p.size for p in atom.parts[:place])
             x = x[:, left : left + self.count]
         return x
+
+
+def _signature(group: Group) -> Any:
+    """What tells how maps act on a dimension: its factors in order, and the stretches of each token axis."""
+    return tuple(
+        (atom.kind, tuple((str(p.size) if p.fixed else "", p.left, p.right) for p in atom.parts)) for atom in group
+    )
 
 
 TAPPED = ("index", "group")

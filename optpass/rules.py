@@ -330,7 +330,7 @@ def einsum(walker: Walker, node: Node) -> Tracked:
 # shapes
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", "t")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze", "t")
 def reshape(walker: Walker, node: Node) -> Tracked:
     """Regroup the atoms; sizes that hold tokens are computed, never searched for among the literals."""
     value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
@@ -366,7 +366,7 @@ def reshape(walker: Walker, node: Node) -> Tracked:
     return replace(value, proxy=value.proxy.reshape(sizes), layout=new)
 
 
-@rule("transpose", "permute", "swapaxes")
+@rule("transpose", "permute", "swapaxes", "mT")
 def permute(walker: Walker, node: Node) -> Tracked:
     """Dimensions change places, and their groups with them."""
     value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
@@ -374,7 +374,8 @@ def permute(walker: Walker, node: Node) -> Tracked:
     if op_name(node) == "permute":
         order = [wrap(d, len(layout)) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     else:
-        a, b = (wrap(d, len(layout)) for d in node.args[1:3])  # type: ignore[arg-type]
+        swapped: Any = node.args[1:3] or (-2, -1)
+        a, b = (wrap(d, len(layout)) for d in swapped)
         order[a], order[b] = order[b], order[a]
     out = remake(walker, node, {node.args[0]: value.proxy})  # type: ignore[dict-item]
     return replace(value, proxy=out, layout=tuple(layout[d] for d in order))

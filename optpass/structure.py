@@ -243,9 +243,7 @@ class _Analysis:
             return
         if not {query, key, value} <= self._variable:
             return
-        last = (-1, -2), (-2, -1), (_rank(key) - 2, _rank(key) - 1), (_rank(key) - 1, _rank(key) - 2)
-        if op_name(key) == "transpose" and key.args[1:3] in last and isinstance(key.args[0], Node):
-            key = key.args[0]
+        key = _unturned(key)
         between = {product, node}
         for at in self.nodes[self.order[product] : self.order[node]]:
             if any(source in between for source in at.all_input_nodes):
@@ -583,6 +581,15 @@ def _evaluate(stage: Stage, module: GraphModule, wanted: Sequence[Node]) -> dict
 
 def _operands(node: Node) -> list[Node]:
     return [arg for arg in node.args[:2] if isinstance(arg, Node)]
+
+
+def _unturned(key: Node) -> Node:
+    """The key ``[..., tokens, head_dim]`` behind one whose last two dimensions were swapped for the product."""
+    source, last = key.args[0] if key.args else None, _rank(key) - 1
+    swapped = (-1, -2), (-2, -1), (last, last - 1), (last - 1, last)
+    turned = op_name(key) == "mT" or (op_name(key) == "transpose" and key.args[1:3] in swapped)
+    turned |= op_name(key) == "permute" and key.args[1] == [*range(last - 1), last, last - 1]
+    return source if turned and isinstance(source, Node) else key
 
 
 def _rank(node: Node) -> int:

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 import optpass.passes
 from optpass.errors import OptpassError, Place, Refusal
+from optpass.program import place_of
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Block, Structure, TokenSpace, Tower
 from optpass.tokens import TokenMap, Value
@@ -126,6 +127,12 @@ class Reduction(Pass):
     def sites(self, structure: Structure) -> list[Site] | Refusal:
         """Blocks that ``at`` names, all of one tower, one number of ``keep`` or ``r`` for each."""
         if structure.main is None:
+            if structure.unplaced:
+                attention, reason = structure.unplaced[0]
+                what = f"no attention block has tokens that can be followed: {reason}"
+                return Refusal(
+                    "no-blocks", what, "use another model: its tokens form no sequence", place_of(attention.node)
+                )
             what = "no attention block with a residual stream was found"
             return Refusal("no-blocks", what, "see optpass inspect for what was found")
         at = self.options.at if self.options.at is not None else self.default_at(structure)
