@@ -24,6 +24,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnx_ir.passes.common import InlinePass
 from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -55,6 +56,9 @@ def translate(stage: Stage) -> ir.Model:
     model.opset_imports[""] = OPSET
     if any(node.domain == CONTRIB for node in model.graph):
         model.opset_imports[CONTRIB] = 1
+    if model.functions:
+        # OpenVINO does not know functions that a model brings itself
+        InlinePass()(model)
     _fold_transposed_weights(model)
     _forget(model)
     _name(model, stage)
@@ -128,6 +132,8 @@ def _prepared(stage: Stage) -> ExportedProgram:
             _reshape_by_constants(node)
         elif node.target is aten.index.Tensor:
             _gather_rows(node)
+    # Masks look at how a value came about, so constants are folded when they have looked.
+    _fold_constants(graph)
     graph.eliminate_dead_code(_has_effect)
     _rename_outputs(program)
     return program
@@ -144,16 +150,43 @@ def _rename_outputs(program: ExportedProgram) -> None:
     program._graph_signature = replace(signature, output_specs=specs)
 
 
+LARGEST_CONSTANT = 1 << 16
+"""In elements; what is larger is made anew in each call, so that files stay small."""
+
+
+def _fold_constants(graph: Graph) -> None:
+    """Evaluate what depends on nothing: engines fold less, and do not see the shapes of what follows from it."""
+    folded: dict[Node, torch.Tensor] = {}
+    for node in list(graph.nodes):
+        made = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not isinstance(made, torch.Tensor) or not all(isinstance(size, int) for size in made.shape):
+            continue
+        if made.numel() > LARGEST_CONSTANT or torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        if any(source not in folded for source in node.all_input_nodes):
+            continue
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), folded.__getitem__)
+        folded[node] = node.target(*args, **kwargs)
+    for node, value in folded.items():
+        if any(user not in folded for user in node.users):
+            _replace_by_constant(node, value.contiguous())
+
+
 def _as_constant(node: Node) -> None:
     """Evaluate a range of fractions here: torch counts its steps in float64, engines in float32, to another number."""
+    _replace_by_constant(node, node.target(*node.args, **node.kwargs))  # type: ignore[operator]
+
+
+def _replace_by_constant(node: Node, value: torch.Tensor) -> None:
     graph = node.graph
     with graph.inserting_before(node):
         made = graph.create_node("get_attr", f"folded_{node.name}")
-    made.meta = {"val": node.target(*node.args, **node.kwargs)}  # type: ignore[operator]
+    made.meta = {"val": value}
     assert graph.owning_module is not None
     graph.owning_module.register_buffer(str(made.target), made.meta["val"])
     node.replace_all_uses_with(made)
-    graph.erase_node(node)
 
 
 CASTS = ("to", "type_as", "_to_copy")
@@ -172,9 +205,21 @@ def _spell_out(graph: Graph) -> None:
         node.target = LOGIC.get(node.target, node.target)
         if node.target is aten.diff.default and isinstance(node.args[0], Node):
             _spell_out_diff(graph, node)
+        elif node.target is aten.square.default:
+            node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+        elif node.target is aten.movedim.int:
+            node.target, node.args = aten.permute.default, (node.args[0], _moved(*node.args))
         elif op_name(node) in CASTS and node.target is not aten._to_copy.default:
             node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
             node.target = aten._to_copy.default
+
+
+def _moved(value: Node, source: int, target: int) -> list[int]:
+    """The order of dimensions when one of them has moved."""
+    rank = value.meta["val"].dim()
+    order = [dim for dim in range(rank) if dim != source % rank]
+    order.insert(target % rank, source % rank)
+    return order
 
 
 def _spell_out_diff(graph: Graph, node: Node) -> None:
