@@ -56,6 +56,7 @@ class Writer:
         self.manifest: Manifest | None = None
         self._sources: dict[tuple[str, str], Source] = {}
         self._entries: dict[str, str] = {}
+        self._opened: dict[str, Session] = {}
         self._references: dict[tuple[str, str], check.Reference] = {}
         self._progress = progress
         self._since = time.perf_counter()
@@ -99,8 +100,14 @@ class Writer:
         return name
 
     def session(self, engine: str, threads: int | None = None) -> Session:
-        """Open an engine that was added."""
-        return open_session(self.folder, self._draft(), engine, threads)
+        """Open an engine that was added; the two opened last stay open, since opening takes as long as many calls."""
+        if threads is not None:
+            return open_session(self.folder, self._draft(), engine, threads)
+        if engine not in self._opened:
+            while len(self._opened) > 1:
+                del self._opened[next(iter(self._opened))]
+            self._opened[engine] = open_session(self.folder, self._draft(), engine)
+        return self._opened[engine]
 
     def reference(self, role: str = "main", stage: str = "main") -> check.Reference:
         """The recorded inputs and eager outputs of a stage that was added; run once, and kept in the artifact."""

@@ -14,8 +14,9 @@ from optpass.runtime.check import Recorded, Reference
 ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9}
 """Unit roundoff: half the distance from 1 to the next number."""
 
-SAFETY = 4.0
-"""Four standard deviations: one false alarm in 16,000 outputs, were errors normal."""
+SAFETY = 2.0
+"""The count of contractions holds those side by side too, and a residual stream takes each block's error at its share
+only, so that the deviation is over-estimated: engines that are right stay 10 times below it (DeiT-S, Fashion ViT)."""
 
 
 def tolerance(stage: Stage, precision: str) -> float:
@@ -42,7 +43,8 @@ def reference(stage: Stage) -> Reference:
     recorded = []
     for sizes in trials(stage):
         tensors = stage.resized(sizes)
-        outputs = {spec.name: _array(t) for spec, t in zip(stage.outputs, stage.run(tensors), strict=True)}
+        results = stage.run(tensors) if stage.ranges else stage.results
+        outputs = {spec.name: _array(t) for spec, t in zip(stage.outputs, results, strict=True)}
         recorded.append(Recorded.of(sizes, outputs))
     example = {spec.name: _array(tensor) for spec, tensor in zip(stage.inputs, stage.example, strict=True)}
     axes = {

@@ -27,7 +27,9 @@ def engine(function: Any, shape: list[int | str], batch: tuple[int, int] = (1, 8
     entry = SimpleNamespace(dynamic={"batch": Bounds(minimum=batch[0], maximum=batch[1])})
     inputs = [TensorInfo(name="x", dtype=dtype, shape=shape)]
     outputs = [TensorInfo(name="logits", dtype="float32", shape=shape)]
-    return cast(Session, SimpleNamespace(name="main", run=run, inputs=inputs, outputs=outputs, engine=entry, calls=calls))
+    return cast(
+        Session, SimpleNamespace(name="main", run=run, inputs=inputs, outputs=outputs, engine=entry, calls=calls)
+    )
 
 
 ROWS = np.eye(4, dtype=np.float32)[np.arange(100) % 4]

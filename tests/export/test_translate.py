@@ -130,6 +130,27 @@ def test_types_are_promoted_and_second_names_understood(tmp_path: Path) -> None:
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-6, atol=1e-6)
 
 
+class Ranks(nn.Module):
+    """How many entries of each row are positive, taken from another number, as merging does."""
+
+    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+        return place - (x > 0).to(torch.int64).sum(-1)
+
+
+def test_counts_are_exact_in_openvino_too(tmp_path: Path) -> None:
+    import openvino
+
+    torch.manual_seed(0)
+    example = {"x": torch.randn(16, 8, 8), "place": torch.randint(9, (16, 8))}
+    stage = models.stage(Ranks(), example, "x:0=n:1..32", "place:0=n:1..32")
+    assert difference(stage, translate(stage), tmp_path) == 0
+    compiled = openvino.Core().compile_model(str(tmp_path / "model.onnx"), "CPU")
+    for sizes in trials(stage):
+        inputs = stage.resized(sizes)
+        (found,) = compiled([tensor.numpy() for tensor in inputs]).values()
+        np.testing.assert_array_equal(found, stage.run(inputs)[0].numpy())
+
+
 class Square(nn.Module):
     """A square parameter that is added, not multiplied: storing it transposed would go unnoticed by shapes."""
 
