@@ -69,9 +69,15 @@ class Merge(Reduction):
             similar = torch.where(seen[:, 0::2].unsqueeze(2) == seen[:, 1::2].unsqueeze(1), similar, similar - 4)
         best, partner = similar.max(2)
         even = (free + 1) // 2
+        odd = (b.arange(free - even) * 2 + 1).unsqueeze(0).expand(b.batch, free - even)
+        if isinstance(even, int) and r == even:
+            # every even token goes, so that nothing is left to sort and the places are constants
+            index = surrounded(b, odd + b.prefix)
+            moved = (b.arange(even) * 2 + b.prefix).unsqueeze(0).expand(b.batch, even)
+            slot = partner + b.prefix
+            return MergeMap(b.count, b.count - r, index, moved, slot, weighs=self.options.proportional)
         order = best.topk(even, 1)[1]
         moved, unmerged = order[:, :r] * 2, order[:, r:] * 2
-        odd = (b.arange(free - even) * 2 + 1).unsqueeze(0).expand(b.batch, free - even)
         # the order of tokens is kept: what comes after may depend on it, the next matching first of all
         index = surrounded(b, torch.cat([unmerged, odd], 1).sort(1)[0] + b.prefix)
         joined = take(partner, order[:, :r]) * 2 + 1

@@ -54,7 +54,7 @@ class DivPrune(Selector):
 
 
 def token_features(site: Site, b: Builder) -> Value:
-    """Unit vectors to tell tokens apart, float32 ``[batch, tokens, width]``: the mean key of the heads, or the stream."""
+    """Unit vectors to tell tokens apart, ``[batch, tokens, width]``: the mean key of the heads, or the stream."""
     attention = site.block.attention
     key = b.read(attention.key) if attention is not None else None
     x = b.stream.to(torch.float32) if key is None else key.to(torch.float32).mean(2)
