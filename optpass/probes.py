@@ -79,7 +79,7 @@ def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | No
         index, group = values.get((number, "index")), values.get((number, "group"))
         if index is None or not token_map.proportional:
             return None
-        source = _source(token_map, index, group, alive)
+        source = _source(token_map, group)
         if alive is None or leader is None:
             alive = torch.arange(source).expand(len(index), -1).clone()
             leader = alive.clone()
@@ -100,12 +100,13 @@ def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | No
     return builds
 
 
-def _source(token_map: TokenMap, index: Tensor, group: Tensor | None, alive: Tensor | None) -> int:
+def _source(token_map: TokenMap, group: Tensor | None) -> int:
     if group is not None:
         return group.shape[1]
     if isinstance(token_map.source, int):
         return token_map.source
-    return int(index.max()) + 1 if alive is None else int(alive.max()) + 1
+    # dynamic: its size in the example, which no index tells where the last tokens are dropped
+    return int(token_map.source.value.node.hint)
 
 
 def _constant(kind: type[TokenMap], number: int, **tensors: Tensor) -> Build:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.experimental import _config
 
 from optpass.errors import Place
 
@@ -66,6 +67,11 @@ class Stage:
         assert isinstance(module, GraphModule)
         return module
 
+    @cached_property
+    def results(self) -> tuple[Tensor, ...]:
+        """The outputs on the example, computed once."""
+        return self.run(self.example)
+
     @torch.no_grad()
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run eagerly; one tensor per input, returns one per output."""
@@ -84,7 +90,7 @@ class Stage:
 
     def retraced(self, module: torch.nn.Module) -> Stage:
         """The stage with ``module``, a rewritten copy of ``self.module``, captured anew under the same signature."""
-        exported = trace(module, self.example, self.inputs, self.ranges)
+        exported = trace(module, self.example, self.inputs, self.ranges, computed=True)
         return replace(
             self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self.inputs)
         )
@@ -118,14 +124,25 @@ def trace(
     ranges: Mapping[str, Range],
     *,
     strict: bool = False,
+    computed: bool = False,
 ) -> ExportedProgram:
-    """``torch.export`` of a module of flat positional tensors, with the named dimensions dynamic."""
+    """``torch.export`` of a module of flat positional tensors, with the named dimensions dynamic.
+
+    With ``computed`` the module holds sizes that are computed from dynamic ones, such as half of the tokens: they may
+    become 1, and relations between them are left to the run, where the tracer would narrow the range.
+    """
     dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in ranges.items()}
     shapes = tuple(
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
     )
-    with torch.no_grad():
-        return torch.export.export(module, tuple(example), dynamic_shapes=shapes if dims else None, strict=strict)
+    with torch.no_grad(), _config.patch(backed_size_oblivious=computed):  # type: ignore[attr-defined]
+        return torch.export.export(
+            module,
+            tuple(example),
+            dynamic_shapes=shapes if dims else None,
+            strict=strict,
+            prefer_deferred_runtime_asserts_over_guards=computed,
+        )
 
 
 def output_specs(

@@ -77,10 +77,12 @@ class Merge(Reduction):
             slot = partner + b.prefix
             return MergeMap(b.count, b.count - r, index, moved, slot, weighs=self.options.proportional)
         order = best.topk(even, 1)[1]
-        moved, unmerged = order[:, :r] * 2, order[:, r:] * 2
+        # split, since the size of a slice between dynamic bounds is known to nobody
+        chosen, rest = order.split_with_sizes([r, even - r], 1)
+        moved, unmerged = chosen * 2, rest * 2
         # the order of tokens is kept: what comes after may depend on it, the next matching first of all
         index = surrounded(b, torch.cat([unmerged, odd], 1).sort(1)[0] + b.prefix)
-        joined = take(partner, order[:, :r]) * 2 + 1
+        joined = take(partner, chosen) * 2 + 1
         gone = (moved.unsqueeze(1) < joined.unsqueeze(2)).to(torch.int64).sum(2)
         slot = joined - gone + b.prefix
         return MergeMap(b.count, b.count - r, index, moved + b.prefix, slot, weighs=self.options.proportional)
