@@ -68,6 +68,7 @@ class Emitter(GraphAppendingTracer):
         self.fake = detect_fake_mode(example)
         self.origin: Node | None = None
         self.maker: str | None = None
+        self.evaluated: dict[str, Any] = {}
 
     def proxy(self, node: Node) -> Traced:
         if "val" not in node.meta:
@@ -100,6 +101,15 @@ class Emitter(GraphAppendingTracer):
             self.origin, self.maker = before
 
     def _evaluate(self, node: Node) -> Any:
+        """What the node yields; the blocks of a tower repeat the same ops on the same shapes, which are run once."""
+        key = _static_call(node)
+        if key is None:
+            return self._run(node)
+        if key not in self.evaluated:
+            self.evaluated[key] = self._run(node)
+        return self.evaluated[key]
+
+    def _run(self, node: Node) -> Any:
         def real(arg: Any) -> Any:
             return arg.meta["val"] if isinstance(arg, Node) else arg
 
@@ -109,6 +119,24 @@ class Emitter(GraphAppendingTracer):
             if isinstance(node.target, str):
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return node.target(*args, **kwargs)
+
+
+def _static_call(node: Node) -> str | None:
+    """A text equal for calls that yield the same fake value; None where an input is no tensor of a static shape."""
+    static = True
+
+    def described(source: Node) -> str:
+        nonlocal static
+        value = source.meta["val"]
+        if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+            static = False
+            return ""
+        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device} {value.requires_grad}"
+
+    text = repr(map_arg((node.args, dict(node.kwargs)), described))
+    if not static:
+        return None
+    return f"{node.op} {node.target if isinstance(node.target, str) else id(node.target)} {text}"
 
 
 def inputs_of(node: Node) -> list[Node]:

@@ -44,12 +44,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _State:
-    """The captured graph, the passes laid over it so far, and the stage and outputs that came of them."""
+    """The captured graph, the passes laid over it so far, and the stage that came of them."""
 
     structure: Structure
     placed: tuple[Placed, ...]
     stage: Stage
-    outputs: tuple[Tensor, ...]
 
 
 def apply(
@@ -75,7 +74,7 @@ def apply(
     """
     before = program.main
     progress("analyse the graph")
-    state = _State(analyse(before), (), before, before.run(before.example))
+    state = _State(analyse(before), (), before)
     records: list[PassRecord] = []
     for made in ordered(passes):
         progress(f"apply and verify {made.name}")
@@ -143,8 +142,7 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
         rewritten = rewrite(state.structure, placed, tap=True)
         found, outputs, failure = _probe(state, placed, rewritten)
         if not failure:
-            plain = rewrite(state.structure, placed)
-            stage = state.structure.stage.retraced(plain.module)
+            stage = state.structure.stage.retraced(rewritten.untap())
     except Refused as refused:
         return record.model_copy(update={"reason": str(refused.refusal)}), state
     except (
@@ -162,19 +160,18 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
         }
     )
     if not failure:
-        traced = stage.run(stage.example)
-        gap = probes.difference(traced, outputs)
+        gap = probes.difference(stage.results, outputs)
         if gap > probes.tolerance(outputs):
             failure = f"the outputs changed by {gap:.1e} when the rewritten graph was traced again"
     if failure:
         return record.model_copy(update={"status": "rolled_back", "reason": failure}), state
-    return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage, outputs=traced)
+    return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage)
 
 
 def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tuple[Probes, tuple[Tensor, ...], str]:
     """The three probes, the outputs at the real setting, and the first failure in words."""
     structure, example = state.structure, state.structure.stage.example
-    dense = structure.stage.run(example)
+    dense = structure.stage.results
     last = placed[-1]
     still = Placed(last.made.at_identity(), last.sites)
     at_identity = rewrite(structure, (*placed[:-1], still)).module
@@ -182,7 +179,7 @@ def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tup
     results = probes.run(rewritten.module, example)
     outputs, taps = results[: len(dense)], results[len(dense) :]
     found = {
-        "identity": probes.difference(probes.run(at_identity, example), state.outputs),
+        "identity": probes.difference(probes.run(at_identity, example), state.stage.results),
         "permutation": probes.difference(probes.run(shuffled, example), dense),
     }
     builds = probes.references(rewritten, taps)

@@ -418,14 +418,21 @@ def _agree(a: Array, b: Array) -> tuple[Array, Array, Array]:
     return same, divergence, cosine(*flat)
 
 
-def random_inputs(reference: Reference, sizes: Mapping[str, int] | None = None, calls: int = 4) -> Data:
+RANDOM_ROWS, RANDOM_CALLS = 16, 4
+"""Random inputs to look at: as many batches of the example's size as give the rows, but no more than the calls."""
+
+
+def random_inputs(reference: Reference, sizes: Mapping[str, int] | None = None, calls: int | None = None) -> Data:
     """Inputs in the domain of the recorded example, rows of ``calls`` batches of its size.
 
     Floats are normal with the mean and deviation of the example; integers are drawn from the values in it, but masks,
     which hold nothing but 0 and 1, stay as they are.
     """
     rng = np.random.default_rng(SEED)
-    draws = [{n: _draw(rng, a) for n, a in reference.inputs(sizes or {}).items()} for _ in range(calls)]
+    example = reference.inputs(sizes or {})
+    rows = max(len(next(iter(example.values()))), 1)
+    calls = calls or min(-(-RANDOM_ROWS // rows), RANDOM_CALLS)
+    draws = [{name: _draw(rng, array) for name, array in example.items()} for _ in range(calls)]
     return {name: np.concatenate([draw[name] for draw in draws]) for name in reference.example}
 
 
