@@ -139,6 +139,7 @@ class Walker:
         self.batch: Any = None
         self.root_count: Any = None
         self.constants: dict[str, torch.Tensor] = {}
+        self.seen: dict[Node, Tracked] = {}
         self._coerced: dict[Any, Traced] = {}
         self._reached: dict[Any, dict[int, Traced]] = {}
         self._maps: dict[Any, TokenMap] = {}
@@ -619,12 +620,13 @@ class Builder:
             or not same(value.proxy.value.shape[3], self._old_count())
         ):
             return None
-        seen: Any = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
-        seen = seen.to(torch.float32).amax((1, 2)) > 0
+        if mask not in walker.seen:
+            open_: Any = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
+            walker.seen[mask] = Tracked(open_.to(torch.float32).amax((1, 2)) > 0)
         site = self._tracked.layout
         assert site is not None
         layout = (site[self._walker.space.batch_dim], site[self._walker.space.token_dim])
-        return walker.coerce(Tracked(seen), layout, self.level)
+        return walker.coerce(walker.seen[mask], layout, self.level)
 
     def constant(self, tensor: torch.Tensor, name: str, shape: tuple[Any, ...] | None = None) -> Value:
         """A tensor of the pass's own, stored with the model; ``shape`` where the graph must see it as dynamic."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -299,14 +300,32 @@ class _Analysis:
         for item in placed:
             groups[self._block_path(item[0], own)].append(item)
         blocks = []
-        for path, members in groups.items():
+        for path, name, members, end in self._separate(groups):
             stream = members[0][2]
             same_shape = [m for m in members if _same_shape(m[2], stream)]
-            inner = self._streams(stream, same_shape[0][1], path)
+            inner = [s for s in self._streams(stream, same_shape[0][1], path) if end is None or self.order[s] <= end]
             after = self._settled(same_shape[-1][1], path)
-            blocks.append(Block(path, tuple(m[0] for m in members), stream, after, inner[-1], tuple(inner)))
+            blocks.append(Block(name, tuple(m[0] for m in members), stream, after, inner[-1], tuple(inner)))
         blocks.sort(key=lambda block: self.order[block.after_attention])
         return blocks, unplaced
+
+    def _separate(
+        self, groups: Mapping[str, list[tuple[Attention, Node, Node]]]
+    ) -> Iterator[tuple[str, str, list[tuple[Attention, Node, Node]], int | None]]:
+        """Path, name and members of each block, and where the next one begins that is written in the same module.
+
+        A module without a number that holds several attentions in a row is no block but a whole model in one forward.
+        """
+        for path, members in groups.items():
+            starts = [i for i, (attention, _, _) in enumerate(members) if not attention.cross]
+            numbered = INDEX.search(path) or NUMBERED.search(path)
+            if numbered or any(not self._depends_or_is(members[j][2], members[i][1]) for i, j in pairwise(starts)):
+                yield path, path, members, None
+                continue
+            for number, (start, stop) in enumerate(pairwise([0, *starts[1:], len(members)])):
+                name = f"{path}@{number}" if number else path
+                end = self.order[members[stop][2]] if stop < len(members) else None
+                yield path, name, members[start:stop], end
 
     def _residual(self, attention: Attention) -> tuple[Node, Node] | None:
         """The add that joins an attention to the stream, and the stream; of several the one with most tokens."""

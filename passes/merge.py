@@ -14,6 +14,7 @@ from optpass.errors import Place, Refusal
 from optpass.passes.base import At, Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
+from optpass.program import op_name
 from optpass.rewrite import Builder
 from optpass.structure import Structure
 from optpass.tokens import Merge as MergeMap
@@ -42,7 +43,7 @@ class Merge(Reduction):
         """Not in causal towers: a merged token would stand at two places in the order."""
         found = super().sites(structure)
         if isinstance(found, list) and found[0].space.causal:
-            where = Place(found[0].block.path, "scaled_dot_product_attention")
+            where = Place(found[0].block.path, op_name(found[0].block.attentions[0].node))
             return Refusal(
                 "token-order", "merging breaks token order, and this attention is causal", "use prune", where
             )

@@ -16,6 +16,7 @@ from optpass.passes.base import Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
 from optpass.passes.prune.selectors import selectors
+from optpass.program import op_name
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Structure
 from optpass.tokens import Matrix, TokenMap, one_hot
@@ -53,7 +54,7 @@ class Transform(Reduction):
         """Not in causal towers: a token would feed others that stand before it."""
         found = super().sites(structure)
         if isinstance(found, list) and found[0].space.causal:
-            where = Place(found[0].block.path, "scaled_dot_product_attention")
+            where = Place(found[0].block.path, op_name(found[0].block.attentions[0].node))
             what = "transforming breaks token order, and this attention is causal"
             return Refusal("token-order", what, "use prune", where)
         return found

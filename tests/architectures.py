@@ -1,4 +1,4 @@
-"""Thirty architectures to follow, unpatched: tiny configurations, random weights, all captured by torch.export.
+"""Architectures to follow, unpatched: tiny configurations, random weights, all captured by torch.export.
 
 Each factory returns ``(module, args, kwargs)``. The table may grow, never shrink. What is supported is decided
 by the ops of a graph, never by a name, so the table is a sample and not a list to satisfy.
@@ -368,6 +368,109 @@ def sana() -> Sample:
         encoder_hidden_states=torch.randn(2, 7, 32),
         timestep=torch.tensor([5, 9]),
     )
+
+
+# more forms of the same: attention that stays written out, positions inside it, tokens that join and leave
+
+
+def deit_distilled() -> Sample:
+    """Class and distillation token, two heads."""
+    return _vision("DeiTForImageClassificationWithTeacher", "DeiTConfig", **VISION, **SMALL_IMAGE)
+
+
+def beit_positions() -> Sample:
+    """A relative position bias in each attention, mean pooling without the class token."""
+    options = {"use_relative_position_bias": True, "use_mean_pooling": True}
+    return _vision("BeitForImageClassification", "BeitConfig", **VISION, **SMALL_IMAGE, **options)
+
+
+def dinov3_registers() -> Sample:
+    """Rotary positions on the patches alone, beside a class token and four registers."""
+    return _vision("DINOv3ViTModel", "DINOv3ViTConfig", **VISION, **SMALL_IMAGE, num_register_tokens=4)
+
+
+def siglip_pooled() -> Sample:
+    """A head that reads all tokens by one more attention."""
+    return _vision("SiglipVisionModel", "SiglipVisionConfig", **VISION, **SMALL_IMAGE)
+
+
+def t5_encoder() -> Sample:
+    """Relative positions as a bias that all blocks share."""
+    shape = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 4, "num_heads": 4}
+    return _encoder("T5EncoderModel", "T5Config", vocab_size=128, **shape)
+
+
+def deberta_disentangled() -> Sample:
+    """Scores of content and position gathered and added: attention that stays written out."""
+    options = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
+    return _encoder("DebertaV2ForSequenceClassification", "DebertaV2Config", **TEXT, **options, type_vocab_size=0)
+
+
+def albert_shared() -> Sample:
+    """One layer called four times."""
+    return _encoder("AlbertForSequenceClassification", "AlbertConfig", **TEXT, embedding_size=32)
+
+
+def gemma2_capped() -> Sample:
+    """Scores under a tanh, windows in every other block."""
+    return _causal("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=16, sliding_window=16)
+
+
+def gpt_oss_sinks() -> Sample:
+    """A sink beside the keys, experts with biases."""
+    shape = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    layers = ["sliding_attention", "full_attention"] * 2
+    return _causal("GptOssForCausalLM", "GptOssConfig", **GROUPED, **shape, layer_types=layers, rope_parameters=rope)
+
+
+def bart_whole() -> Sample:
+    """An encoder whose tokens a decoder reads."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=4,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_position_embeddings=256,
+    )
+    inputs = {"input_ids": _ids(), "attention_mask": _padding(), "decoder_input_ids": _ids(9), "use_cache": False}
+    return transformers.BartModel(config).eval(), (), inputs
+
+
+def flux_streams() -> Sample:
+    """Two streams that become one."""
+    return _denoiser(
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 4,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        hidden_states=torch.randn(2, 64, 16),
+        encoder_hidden_states=torch.randn(2, 7, 32),
+        pooled_projections=torch.randn(2, 16),
+        timestep=torch.tensor([0.5, 0.9]),
+        img_ids=torch.randn(64, 3),
+        txt_ids=torch.zeros(7, 3),
+    )
+
+
+def tokens_first() -> Sample:
+    """``[tokens, batch, features]`` throughout."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 96, norm_first=True)
+    return torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval(), (torch.randn(33, 2, 64),), {}
 
 
 FACTORIES: dict[str, Callable[[], Sample]] = {
