@@ -145,12 +145,8 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
             stage = state.structure.stage.retraced(rewritten.untap())
     except Refused as refused:
         return record.model_copy(update={"reason": str(refused.refusal)}), state
-    except (
-        Exception
-    ) as error:  # a graph that cannot be built is a bug of a pass or a rule: it must not pass for a result
-        what = f"{type(error).__name__}: {_first_line(error)}"
-        reason = f"[internal] {made.name} built a graph that does not hold together: {what}"
-        return record.model_copy(update={"status": "rolled_back", "reason": reason}), state
+    except Exception as error:  # noqa: BLE001  a graph that cannot be built, whatever the reason, is no result
+        return record.model_copy(update=_unbuilt(made, error)), state
     sizes = [sites[0].space.size, *(m.target for m in rewritten.maps)]
     record = record.model_copy(
         update={
@@ -199,6 +195,21 @@ def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tup
                 f"the {name} probe found a difference of {value:.1e}, more than {limit:.1e}",
             )
     return Probes(**found), outputs, ""
+
+
+def _unbuilt(made: Pass, error: Exception) -> dict[str, str]:
+    """What a record says of a graph that could not be built: a range too wide is the user's, the rest a bug of ours."""
+    if "Constraints violated" in str(error):
+        guards = [line.strip(" -") for line in str(error).splitlines() if "generated guard" in line]
+        guard = guards[0].partition("generated guard ")[2].rstrip(".") if guards else "its sizes"
+        what = f"{made.name} does not hold in the whole range of the dynamic dimensions: {guard}"
+        refusal = Refusal("dynamic-range", what, "declare a larger minimum, or keep more tokens")
+        return {"status": "refused", "reason": str(refusal)}
+    what = f"{type(error).__name__}: {_first_line(error)}"
+    return {
+        "status": "rolled_back",
+        "reason": f"[internal] {made.name} built a graph that does not hold together: {what}",
+    }
 
 
 def _first_line(error: Exception) -> str:

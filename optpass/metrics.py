@@ -425,8 +425,8 @@ RANDOM_ROWS, RANDOM_CALLS = 16, 4
 def random_inputs(reference: Reference, sizes: Mapping[str, int] | None = None, calls: int | None = None) -> Data:
     """Inputs in the domain of the recorded example, rows of ``calls`` batches of its size.
 
-    Floats are normal with the mean and deviation of the example; integers are drawn from the values in it, but masks,
-    which hold nothing but 0 and 1, stay as they are.
+    Floats are normal with the mean and deviation of the example; integers are those of the example in another order
+    within their row, so that tokens which stand for an image stay as many, but masks of 0 and 1 stay as they are.
     """
     rng = np.random.default_rng(SEED)
     example = reference.inputs(sizes or {})
@@ -442,4 +442,4 @@ def _draw(rng: np.random.Generator, array: Array) -> Array:
         return drawn.astype(array.dtype)
     if array.dtype.kind == "b" or set(np.unique(array)) <= {0, 1}:
         return array
-    return rng.choice(array.reshape(-1), size=array.shape)
+    return rng.permuted(array, axis=-1) if array.ndim else array

@@ -48,7 +48,14 @@ class Session:
             OptpassError: an input is missing, unknown, or not of the dtype, rank or size the engine takes.
         """
         checked = check_inputs(self.engine, arrays)
-        results = self._opened.run(checked)
+        try:
+            results = self._opened.run(checked)
+        except Exception as error:  # engines raise errors of their own types
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            what = f"engine {self.name} cannot compute these inputs: {first}"
+            raise OptpassError(
+                "engine-run", what, "compare them with the example the model was captured with"
+            ) from error
         return {info.name: array for info, array in zip(self.outputs, results, strict=True)}
 
     def __repr__(self) -> str:
