@@ -670,6 +670,8 @@ def _cut(bound: Any, size: Any) -> tuple[int, int]:
     """How many tokens from either end lie outside a slice bound."""
     if not isinstance(bound, int) or bound == 0 or bound >= 2**62 or (isinstance(size, int) and bound >= size):
         return 0, 0
+    if bound < 0 and isinstance(size, int) and -bound >= size:
+        return 0, 0
     if bound < 0:
         return 0, -bound
     if isinstance(size, int) and bound > size // 2:
