@@ -67,7 +67,7 @@ def permutation(seed: int) -> Build:
 
 
 def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | None:
-    """What the equivalence probe puts in the place of each map, in the space before all; None where there is nothing."""
+    """What the equivalence probe puts in the place of each map, in the space before all; None where it has none."""
     values: dict[tuple[int, str], Tensor] = {}
     for name, tensor in zip(rewritten.tapped, taps, strict=True):
         place, attribute = name.split(".")

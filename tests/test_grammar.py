@@ -19,7 +19,7 @@ def options(text: str) -> list[tuple[str, dict[str, object]]]:
     [
         ("merge", [("merge", {})]),
         ("prune()", [("prune", {})]),
-        ("prune(selector=random,keep=0.5,at=3),merge(r=8)", [("prune", {"selector": "random", "keep": 0.5, "at": 3}), ("merge", {"r": 8})]),
+        ("prune(selector=norm,at=3),merge(r=8)", [("prune", {"selector": "norm", "at": 3}), ("merge", {"r": 8})]),
         (" prune ( keep = 0.5 , at = [1, 2:4] ) ", [("prune", {"keep": 0.5, "at": [1, "2:4"]})]),
         ("prune(at=blocks.*,keep=0.5)", [("prune", {"at": "blocks.*", "keep": 0.5})]),
         ("merge(at=-1,r=2,proportional=false)", [("merge", {"at": -1, "r": 2, "proportional": False})]),
