@@ -21,6 +21,9 @@ from optpass.structure import Structure, analyse
 
 OnFail = Literal["stop", "skip"]
 
+LONGER = 32
+"""How many sizes above the smallest are tried before no better range is named."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -159,9 +162,34 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
         gap = probes.difference(stage.results, outputs)
         if gap > probes.tolerance(outputs):
             failure = f"the outputs changed by {gap:.1e} when the rewritten graph was traced again"
+    if not failure and stage.ranges:
+        short = _at_smallest(made, stage, rewritten)
+        if isinstance(short, Refusal):
+            return record.model_copy(update={"reason": str(short)}), state
+        if short > probes.tolerance(outputs):
+            failure = f"at the smallest sizes the outputs changed by {short:.1e} when the graph was traced again"
     if failure:
         return record.model_copy(update={"status": "rolled_back", "reason": failure}), state
     return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage)
+
+
+def _at_smallest(made: Pass, stage: Stage, rewritten: Rewritten) -> Refusal | float:
+    """How far the traced graph is from the rewritten one at the smallest sizes; a refusal where neither runs there."""
+    for more in range(LONGER):
+        sizes = {name: min(r.minimum + more, r.maximum) for name, r in stage.ranges.items()}
+        inputs = stage.resized(sizes)
+        try:
+            gap = probes.difference(stage.run(inputs), probes.run(rewritten.module, inputs))
+        except (RuntimeError, IndexError):  # too few tokens for an op of the pass
+            continue
+        if not more:
+            return gap
+        smallest = ", ".join(f"{name}={r.minimum}" for name, r in stage.ranges.items())
+        least = ", ".join(f"{name} from {size}" for name, size in sizes.items())
+        return Refusal(
+            "too-short", f"{made.name} has too few tokens to choose from at {smallest}", f"declare {least} on"
+        )
+    return Refusal("too-short", f"{made.name} does not run at the smallest sizes", "declare a range that starts higher")
 
 
 def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tuple[Probes, tuple[Tensor, ...], str]:
