@@ -120,7 +120,13 @@ class Reduction(Pass):
     default_keep: ClassVar[float] = 0.7
 
     def default_at(self, structure: Structure) -> At:
-        """Blocks of a bare name: a quarter, half and three quarters into the tower."""
+        """All blocks where ``r`` says how many go in each; else a quarter, half and three quarters into the tower.
+
+        Few large reductions are the default: each site costs some small ops, which engines run no faster for a few
+        tokens than for many.
+        """
+        if isinstance(self.options.r, int):
+            return "all"
         depth = len(structure.main.blocks) if structure.main else 0
         return sorted({depth // 4, depth // 2, 3 * depth // 4})
 

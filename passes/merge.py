@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from optpass.errors import Place, Refusal
-from optpass.passes.base import At, Reduction, ReductionOptions, Site
+from optpass.passes.base import Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
 from optpass.program import op_name
@@ -33,11 +33,6 @@ class Merge(Reduction):
     name = "merge"
     options_type = MergeOptions
     identity: ClassVar[dict[str, Any]] = {"r": 0}
-    default_keep = 0.92
-
-    def default_at(self, structure: Structure) -> At:
-        """Every block."""
-        return "all"
 
     def sites(self, structure: Structure) -> list[Site] | Refusal:
         """Not in causal towers: a merged token would stand at two places in the order."""
@@ -61,14 +56,18 @@ class Merge(Reduction):
             r = min(r, free // 2)
         x = token_features(site, b)
         x = x[:, b.prefix : b.count - b.suffix]
-        similar = torch.matmul(x[:, 0::2], x[:, 1::2].transpose(1, 2))  # [batch, even, odd]
+        # the maximum is taken down the columns, which engines do for many at once
+        similar = torch.matmul(x[:, 1::2], x[:, 0::2].transpose(1, 2))  # [batch, odd, even]
         attention = site.block.attention
         visible = b.visible(attention.mask) if attention is not None and attention.padded else None
         if visible is not None:
             seen = visible[:, b.prefix : b.count - b.suffix]
             # padding is merged with padding alone
-            similar = torch.where(seen[:, 0::2].unsqueeze(2) == seen[:, 1::2].unsqueeze(1), similar, similar - 4)
-        best, partner = similar.max(2)
+            similar = torch.where(seen[:, 1::2].unsqueeze(2) == seen[:, 0::2].unsqueeze(1), similar, similar - 4)
+        if not isinstance(free, int):
+            # one token alone has no partner: a row that nobody chooses stands in for it
+            similar = b.emit.call(torch.nn.functional.pad, similar, (0, 0, 0, 1), value=-9.0)
+        best, partner = similar.max(1)
         even = (free + 1) // 2
         odd = (b.arange(free - even) * 2 + 1).unsqueeze(0).expand(b.batch, free - even)
         if isinstance(even, int) and r == even:

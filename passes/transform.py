@@ -15,9 +15,9 @@ from optpass.errors import Place, Refusal
 from optpass.passes.base import Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
-from optpass.passes.prune.selectors import selectors
+from optpass.passes.prune.selectors import AUTO, chosen, known, selectors
 from optpass.program import op_name
-from optpass.rewrite import Builder, Refused
+from optpass.rewrite import Builder
 from optpass.structure import Structure
 from optpass.tokens import Matrix, TokenMap, one_hot
 
@@ -29,7 +29,7 @@ class TransformOptions(ReductionOptions):
     """Options of ``transform``."""
 
     selector: str = Field(
-        "auto", description="which tokens stay: auto (cls-attention, or norm), " + ", ".join(selectors())
+        AUTO, description="which tokens stay: auto (cls-attention, or norm), " + ", ".join(selectors())
     )
     spread: int = Field(4, ge=1, description="how many tokens each of the others feeds; 1 merges it into the nearest")
     temperature: float = Field(0.1, gt=0, description="of the softmax over cosine similarities")
@@ -38,9 +38,7 @@ class TransformOptions(ReductionOptions):
     @field_validator("selector")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value != "auto" and value not in selectors():
-            raise ValueError(f"selector={value} is none of auto, {', '.join(selectors())}")
-        return value
+        return known(value)
 
 
 class Transform(Reduction):
@@ -62,14 +60,7 @@ class Transform(Reduction):
     def build(self, site: Site, b: Builder) -> TokenMap:
         """The assignment matrix ``[batch, target, source]``; its columns sum to one."""
         kept = self.kept(site, b)
-        name = self.options.selector
-        if name == "auto":
-            readable = selectors()["cls-attention"]().refuses(site, b, kept) is None
-            name = "cls-attention" if readable else "norm"
-        selector = selectors()[name]()
-        refusal = selector.refuses(site, b, kept)
-        if refusal is not None:
-            raise Refused(refusal)
+        selector = chosen(self.options.selector, site, b, kept)
         index = surrounded(b, selector.choose(site, b, kept).sort(1)[0] + b.prefix)  # [batch, target]
         target = b.prefix + b.suffix + kept
         features = token_features(site, b)

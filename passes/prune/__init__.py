@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from optpass.errors import Place, Refusal
 from optpass.passes.base import Reduction, ReductionOptions, Site
-from optpass.passes.prune.selectors import Selector, selectors
+from optpass.passes.prune.selectors import AUTO, chosen, known, selectors
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Structure
 from optpass.tokens import Gather, TokenMap, Value
@@ -21,14 +21,14 @@ from optpass.tokens import Gather, TokenMap, Value
 class PruneOptions(ReductionOptions):
     """Options of ``prune``."""
 
-    selector: str = Field("divprune", description="how tokens are chosen: " + ", ".join(selectors()))
+    selector: str = Field(
+        AUTO, description="how tokens are chosen: auto (cls-attention, or norm), " + ", ".join(selectors())
+    )
 
     @field_validator("selector")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in selectors():
-            raise ValueError(f"selector={value} is none of {', '.join(selectors())}")
-        return value
+        return known(value)
 
 
 class Prune(Reduction):
@@ -41,8 +41,9 @@ class Prune(Reduction):
     def default_at(self, structure: Structure) -> int | str | list[int | str]:
         """One site in a causal model, whose prompt has served by then; the common three elsewhere."""
         assert structure.main is not None
-        depth = len(structure.main.blocks)
-        return depth // 2 if structure.main.space.causal else super().default_at(structure)
+        if structure.main.space.causal and self.options.r is None:
+            return len(structure.main.blocks) // 2
+        return super().default_at(structure)
 
     def free(self, site: Site, b: Builder) -> Value:
         """Where one modality was scattered into another, its tokens alone are free."""
@@ -54,12 +55,9 @@ class Prune(Reduction):
     def build(self, site: Site, b: Builder) -> TokenMap:
         """A gather of the chosen tokens."""
         kept = self.kept(site, b)
-        selector: Selector = selectors()[self.options.selector]()
+        selector = chosen(self.options.selector, site, b, kept)
         outside = b.count - b.prefix - b.suffix
         spared = outside - self.free(site, b)
-        refusal = selector.refuses(site, b, kept)
-        if refusal is not None:
-            raise Refused(refusal)
         if self.options.keep == 1 and isinstance(kept, int) and kept == 0:
             raise Refused(
                 Refusal("no-room", "prune finds no free token", "leave this block out", Place(site.block.path))

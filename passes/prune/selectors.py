@@ -12,8 +12,11 @@ import torch
 
 from optpass.errors import Refusal
 from optpass.passes.base import Site
-from optpass.rewrite import Builder
+from optpass.rewrite import Builder, Refused
 from optpass.tokens import Value
+
+AUTO = "auto"
+"""Leaves the choice of the selector to the site."""
 
 
 class Selector:
@@ -51,6 +54,29 @@ def spare(site: Site, b: Builder, score: Value) -> Value:
         inside = b.follow(member)[:, :, 0]
         score = torch.where(inside, score, score + bound)
     return score
+
+
+def known(name: str) -> str:
+    """The name, if it is that of a selector or ``auto``."""
+    if name != AUTO and name not in selectors():
+        raise ValueError(f"selector={name} is none of {AUTO}, {', '.join(selectors())}")
+    return name
+
+
+def chosen(name: str, site: Site, b: Builder, count: Value) -> Selector:
+    """The selector of a name; ``auto`` is the attention of the class or last token where it can be read, else the norm.
+
+    Raises:
+        Refused: it cannot work at this site.
+    """
+    if name == AUTO:
+        readable = selectors()["cls-attention"]().refuses(site, b, count) is None
+        name = "cls-attention" if readable else "norm"
+    selector = selectors()[name]()
+    refusal = selector.refuses(site, b, count)
+    if refusal is not None:
+        raise Refused(refusal)
+    return selector
 
 
 @functools.cache
