@@ -554,9 +554,10 @@ def getitem(walker: Walker, node: Node) -> Tracked:
 @rule("cat")
 def cat(walker: Walker, node: Node) -> Tracked:
     """Along features: coerced side by side. Along tokens: the axis becomes a concatenation."""
-    nodes = list(node.args[0])  # type: ignore[arg-type]
     shape = old_shape(node)
     dim = wrap(operand(walker, node, 1, "dim", 0), len(shape))
+    # torch lets a tensor of shape [0] stand for nothing at all
+    nodes: list[Any] = [n for n in node.args[0] if len(old_shape(n)) == len(shape)]  # type: ignore[union-attr, arg-type]
     values = [layout_of(walker, n) for n in nodes]
     level = max(t.level for t, _ in values)
     groups: list[Group] = []

@@ -288,7 +288,7 @@ class _Analysis:
                 unplaced.append((attention, "its output is added to no residual stream"))
                 continue
             add, stream = found
-            if _rank(stream) != 3:
+            if _rank(stream) != 3 or _features_first(stream, attention.query):
                 shape = ", ".join(str(size) for size in stream.meta["val"].shape)
                 what = f"its residual stream [{shape}] is no [batch, tokens, features]"
                 unplaced.append((attention, what))
@@ -600,6 +600,14 @@ def _evaluate(stage: Stage, module: GraphModule, wanted: Sequence[Node]) -> dict
 
 def _operands(node: Node) -> list[Node]:
     return [arg for arg in node.args[:2] if isinstance(arg, Node)]
+
+
+def _features_first(stream: Node, query: Node) -> bool:
+    """Whether a stream is ``[batch, features, tokens]``, by a query ``[batch, heads, tokens, head_dim]`` of it."""
+    if _rank(query) != 4:
+        return False
+    (_, middle, last), (_, heads, rows, width) = stream.meta["val"].shape, query.meta["val"].shape
+    return same(last, rows) and not same(middle, rows) and same(middle, heads * width)
 
 
 def _unturned(key: Node) -> Node:

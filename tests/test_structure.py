@@ -171,6 +171,22 @@ def test_a_stream_of_rows_and_columns_is_no_token_axis() -> None:
     assert reason == "its residual stream [2, 6, 3, 32] is no [batch, tokens, features]"
 
 
+def test_features_in_front_of_tokens_are_not_taken_for_tokens() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv1d(WIDTH, 3 * WIDTH, 1)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(1, (4, 8)).mT for t in self.layers[0](x).chunk(3, 1))
+            return (x + F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)).mean(2)
+
+    structure = found(Turned(), torch.randn(2, WIDTH, TOKENS))
+    assert structure.main is None
+    ((_, reason),) = structure.unplaced
+    assert reason == "its residual stream [2, 32, 18] is no [batch, tokens, features]"
+
+
 def test_a_decoder_is_a_tower_beside_its_encoder() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
