@@ -42,6 +42,9 @@ ENGINES = ("onnxruntime", "openvino", "openvino:bf16")
 SHIPPED = 2000
 """Images that come with the package; the first of the test split."""
 EVERYWHERE = "the same in every block"
+WHOLE = ("schedule",)
+"""Arms that are judged on all images and every engine; the others on the shipped images, and on ``JUDGES`` alone."""
+JUDGES = ("onnxruntime-f32", "openvino-bf16")
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,9 @@ class Line:
                 "optimized_ms": round(latency.optimized.median_ms, 3), "speedup": _plain(latency.speedup),
                 "pairs": latency.dense.runs, "quality": [],
             }  # fmt: skip
-            if judge:
-                row["quality"] = self.judge(engine, dense, optimized)
+            if judge and (arm in WHOLE or engine in JUDGES):
+                row["quality"] = self.judge(engine, dense, optimized, None if arm in WHOLE else SHIPPED)
+            report.say(f"  {report.ratio(row['speedup'])} {[report.points(q['drop']) for q in row['quality']]}")
             if arm == "schedule":
                 self.sessions[engine], self.records = (dense, optimized), records
             rows.append(row)
@@ -175,13 +179,14 @@ class Line:
         example = self.setup.example
         return measure.interleave(lambda: first(example), lambda: second(example), self.seconds)
 
-    def judge(self, engine: str, dense: Session, optimized: Session) -> list[dict[str, Any]]:
+    def judge(self, engine: str, dense: Session, optimized: Session, count: int | None) -> list[dict[str, Any]]:
         """Quality of one engine beside its dense twin, whose guesses are the same for every arm."""
         assert self.setup.images is not None
         batch = self.setup.batch
         if engine not in self.dense_guesses:
             self.dense_guesses[engine] = guesses(_of(dense), self.setup.images, batch)
-        return judged(self.setup, self.dense_guesses[engine], guesses(_of(optimized), self.setup.images, batch))
+        found = guesses(_of(optimized), self.setup.images[:count], batch)
+        return judged(self.setup, self.dense_guesses[engine][: len(found)], found)
 
 
 def _of(session: Session) -> Run:
@@ -221,6 +226,7 @@ def peer(line: Line, reductions: Mapping[str, Sequence[int]], folder: Path, judg
                 assert setup.images is not None
                 ran = guesses(reduced, setup.images, setup.batch)
                 row["quality"] = judged(setup, line.dense_guesses[engine], ran)
+            report.say(f"  {form}: {report.ratio(row['speedup'])}")
             rows.append(row)
     return rows
 
@@ -330,15 +336,22 @@ def main() -> None:
             rows += line.measure("schedule", schedule, real)
             merging = reductions(sites_of(line.records), len(models.parts_of(setup.module).blocks))
             others = {"control": control} | (arms(line.records) if real and setup.batch > 1 else {})
-            if setup.batch > 1:
+            if real and setup.batch > 1:
                 others["merge everywhere"] = f"merge(r={merging[EVERYWHERE][0]},at=all)"
             for name, passes in others.items():
                 rows += line.measure(name, passes, real)
             peers += peer(line, merging, folder, real and setup.batch > 1)
-    data |= {"arms": rows, "token_merging": peers}
-    body = f"Schedule `{schedule}`, control `{control}`. Latency: medians; intervals are of 95 %."
-    sections = [("Arms", f"{body}\n\n{arm_table(rows)}"), ("Token Merging, as its authors' patch", peer_table(peers))]
-    print(report.write("vit", data, sections, given.out))
+            data |= {"arms": rows, "token_merging": peers}
+            # after each model, so that a run that is cut short leaves what it has
+            text = report.write("vit", data, sections(schedule, control, rows, peers), given.out)
+    print(text)
+
+
+def sections(
+    schedule: str, control: str, rows: Sequence[Mapping[str, Any]], peers: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    about = f"Schedule `{schedule}`, control `{control}`. Latency: medians; intervals are of 95 %."
+    return [("Arms", f"{about}\n\n{arm_table(rows)}"), ("Token Merging, as its authors' patch", peer_table(peers))]
 
 
 def reductions(sites: Sequence[Site], depth: int) -> dict[str, list[int]]:
