@@ -211,9 +211,28 @@ def _spell_out(graph: Graph) -> None:
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
         elif node.target is aten.movedim.int:
             node.target, node.args = aten.permute.default, (node.args[0], _moved(*node.args))
+        elif node.target is aten.scaled_dot_product_attention.default and node.meta["val"].dim() == 3:
+            _with_leading_axis(graph, node)
         elif op_name(node) in CASTS and node.target is not aten._to_copy.default:
             node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
             node.target = aten._to_copy.default
+
+
+def _with_leading_axis(graph: Graph, node: Node) -> None:
+    """Attention on ``[batch * heads, tokens, head_dim]`` as one on a batch of one with as many heads."""
+    query, key, value, *rest = node.args
+    mask = rest[0] if rest else node.kwargs.get("attn_mask")
+    with graph.inserting_before(node):
+        lifted = [_call(graph, aten.unsqueeze.default, n, 0) for n in (query, key, value)]
+        if isinstance(mask, Node) and mask.meta["val"].dim() == 3:
+            mask = _call(graph, aten.unsqueeze.default, mask, 0)
+        kwargs = {name: given for name, given in node.kwargs.items() if name != "attn_mask"}
+        made = graph.call_function(node.target, (*lifted, mask, *rest[1:]), kwargs)  # type: ignore[arg-type]
+        made.meta = {**node.meta, "val": node.meta["val"].unsqueeze(0)}
+        back = _call(graph, aten.squeeze.dim, made, 0)
+        back.meta = dict(node.meta)
+    node.replace_all_uses_with(back)
+    graph.erase_node(node)
 
 
 def _moved(value: Node, source: int, target: int) -> list[int]:

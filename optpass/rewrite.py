@@ -582,17 +582,25 @@ class Builder:
         Returns:
             None where the value holds other tokens than the stream, as the joint keys of text and image do.
         """
-        value = self._walker.value(node)
+        value, space = self._walker.value(node), self._walker.space
+        stream = self._tracked.proxy.value.shape
         if value.layout is not None:
             try:
-                x = self._tokens_first(value)
+                x: Value = self._tokens_first(value)
             except Fallback:
                 return None
-            return x if same(x.value.shape[0], self._tracked.proxy.value.shape[self._walker.space.batch_dim]) else None
-        shape, stream = value.proxy.value.shape, self._tracked.proxy.value.shape
-        if self.level or not same(shape[tokens], stream[self._walker.space.token_dim]) or not same(shape[0], stream[0]):
+        elif self.level or not same(value.proxy.value.shape[tokens], stream[space.token_dim]):
             return None
-        return value.proxy.movedim(tokens, 1)
+        else:
+            x = value.proxy.movedim(tokens, 1)
+        return x if same(x.value.shape[0], stream[space.batch_dim]) else self._unfolded(x)
+
+    def _unfolded(self, x: Value) -> Value | None:
+        """``[batch * heads, tokens, head_dim]`` with its heads apart, ``[batch, tokens, heads, head_dim]``."""
+        rows, batch = x.value.shape[0], self._tracked.proxy.value.shape[self._walker.space.batch_dim]
+        if x.dim() != 3 or not isinstance(rows, int) or not isinstance(batch, int) or rows % batch:
+            return None
+        return x.reshape(batch, rows // batch, x.shape[1], x.shape[2]).movedim(1, 2)
 
     def follow(self, node: Node) -> Value:
         """A value of the old graph, shaped like the stream, brought to the tokens of this site."""
@@ -605,7 +613,7 @@ class Builder:
         """Which tokens any query sees, bool ``[batch or 1, tokens]``.
 
         Args:
-            mask: ``[batch or 1, heads or 1, rows, tokens]``.
+            mask: ``[batch or 1, heads or 1, rows, tokens]``, or ``[batch * heads, rows, tokens]``.
 
         Returns:
             None where the mask is of other tokens than the stream.
@@ -614,14 +622,16 @@ class Builder:
             return None
         walker = self._walker
         value = walker.value(mask)
-        if (
-            value.layout is not None
-            or value.proxy.dim() != 4
-            or not same(value.proxy.value.shape[3], self._old_count())
-        ):
+        if value.layout is not None or not same(value.proxy.value.shape[-1], self._old_count()):
             return None
         if mask not in walker.seen:
-            open_: Any = value.proxy if value.proxy.dtype == torch.bool else value.proxy > MASKED_OUT
+            x: Any = value.proxy
+            if x.dim() == 3:
+                x = self._unfolded(x)
+                x = None if x is None else x.movedim(2, 1)
+            if x is None or x.dim() != 4:
+                return None
+            open_ = x if x.dtype == torch.bool else x > MASKED_OUT
             walker.seen[mask] = Tracked(open_.to(torch.float32).amax((1, 2)) > 0)
         site = self._tracked.layout
         assert site is not None

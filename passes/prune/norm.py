@@ -11,7 +11,7 @@ from optpass.tokens import Value
 
 
 class Norm(Selector):
-    """L2 norm of the value, mean over heads; of the stream where the block's values hold other tokens as well."""
+    """L2 norm of the value, mean over heads; of the stream about its mean where values hold other tokens as well."""
 
     name = "norm"
 
@@ -20,5 +20,7 @@ class Norm(Selector):
         attention = site.block.attention
         value = b.read(attention.value) if attention is not None else None
         if value is None:
-            return b.stream.to(torch.float32).square().sum(-1).sqrt()
+            # about the mean: behind a norm layer all tokens of the stream are equally long
+            stream = b.stream.to(torch.float32)
+            return (stream - stream.mean(1, keepdim=True)).square().sum(-1).sqrt()
         return value.to(torch.float32).square().sum(-1).sqrt().mean(-1)

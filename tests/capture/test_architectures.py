@@ -1,4 +1,4 @@
-"""All thirty architectures are captured, with the outputs of the module."""
+"""All architectures are captured, with the outputs of the module."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ def test_capture_gives_the_outputs_of_the_module(name: str) -> None:
     stage = capture((module, args, kwargs)).main
     with torch.no_grad():
         result = module(*args, **kwargs)
-    expected = dict(result) if isinstance(result, dict) else {"output": result[0]}
+    first = result if isinstance(result, torch.Tensor) else result[0]
+    expected = dict(result) if isinstance(result, dict) else {"output": first}
     got = dict(zip([spec.name for spec in stage.outputs], stage.run(stage.example), strict=True))
     tensors = {key: value for key, value in expected.items() if isinstance(value, torch.Tensor)}
     assert tensors
-    assert all(torch.equal(got[key], value) for key, value in tensors.items())
+    for key, value in tensors.items():
+        # a module may take a fused kernel where the tracer does not, and sum in another order
+        torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-6)
 
 
 def test_no_architecture_is_lost() -> None:
