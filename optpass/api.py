@@ -232,7 +232,10 @@ def _describe(kind: type[Pass]) -> PassInfo:
     import sys
 
     module = introspect.getdoc(sys.modules[kind.__module__]) or ""
-    paper = next((line.partition(":")[2].strip() for line in module.splitlines() if line.startswith("Paper")), "")
+    paper = next(
+        (line.partition(":")[2].partition(". ")[0].strip() for line in module.splitlines() if line.startswith("Paper")),
+        "",
+    )
     options = [
         PassOption(name, _type_name(field.annotation), field.default, field.description or "")
         for name, field in kind.options_type.model_fields.items()

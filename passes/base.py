@@ -16,7 +16,7 @@ from torch.fx import Node
 
 import optpass.passes
 from optpass.errors import OptpassError, Place, Refusal
-from optpass.program import place_of
+from optpass.program import op_name, place_of
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Block, Structure, TokenSpace, Tower
 from optpass.tokens import TokenMap, Value
@@ -115,9 +115,15 @@ class ReductionOptions(Options):
 
 
 class Reduction(Pass):
-    """A pass that reduces the tokens of one tower; subclasses say which map."""
+    """A pass that reduces the tokens of one tower; subclasses say which map.
+
+    Attributes:
+        mixing: what the map does to tokens, such as ``merging``, where it puts several into one: a causal tower refuses
+            it, since the one would stand at two places in the order.
+    """
 
     default_keep: ClassVar[float] = 0.7
+    mixing: ClassVar[str] = ""
 
     def default_at(self, structure: Structure) -> At:
         """All blocks where ``r`` says how many go in each; else a quarter, half and three quarters into the tower.
@@ -146,6 +152,10 @@ class Reduction(Pass):
         if isinstance(found, Refusal):
             return found
         tower, blocks = found
+        if self.mixing and tower.space_at(blocks[0]).causal:
+            where = Place(blocks[0].path, op_name(blocks[0].attentions[0].node))
+            what = f"{self.mixing} breaks token order, and this attention is causal"
+            return Refusal("token-order", what, "use prune", where)
         for name in ("keep", "r"):
             numbers = getattr(self.options, name)
             if isinstance(numbers, list) and len(numbers) != len(blocks):
@@ -238,23 +248,25 @@ def _nth(value: Any, number: int) -> Any:
     return value[number] if isinstance(value, list) else value
 
 
+def scanned(package: str, base: type[Any]) -> dict[str, type[Any]]:
+    """The named subclasses of ``base`` in the modules of a package: a new one is a new file, and no list to edit."""
+    found = {}
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        module = importlib.import_module(f"{package}.{info.name}")
+        for value in vars(module).values():
+            own = inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+            if own and "name" in vars(value):
+                found[value.name] = value
+    return found
+
+
 def registry() -> dict[str, type[Pass]]:
     """Every pass, by name: those of this package, and those that entry points bring.
 
     Raises:
         OptpassError: an entry point cannot be loaded, or brings no pass.
     """
-    found: dict[str, type[Pass]] = {}
-    for info in pkgutil.iter_modules(optpass.passes.__path__):
-        module = importlib.import_module(f"{optpass.passes.__name__}.{info.name}")
-        for value in vars(module).values():
-            if (
-                inspect.isclass(value)
-                and issubclass(value, Pass)
-                and value.__module__ == module.__name__
-                and "name" in vars(value)
-            ):
-                found[value.name] = value
+    found: dict[str, type[Pass]] = scanned(optpass.passes.__name__, Pass)
     for point in importlib.metadata.entry_points(group=ENTRY_POINT):
         try:
             value = point.load()

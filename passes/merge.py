@@ -10,13 +10,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from optpass.errors import Place, Refusal
 from optpass.passes.base import Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
-from optpass.program import op_name
 from optpass.rewrite import Builder
-from optpass.structure import Structure
 from optpass.tokens import Merge as MergeMap
 from optpass.tokens import TokenMap, take
 
@@ -32,17 +29,8 @@ class Merge(Reduction):
 
     name = "merge"
     options_type = MergeOptions
+    mixing = "merging"
     identity: ClassVar[dict[str, Any]] = {"r": 0}
-
-    def sites(self, structure: Structure) -> list[Site] | Refusal:
-        """Not in causal towers: a merged token would stand at two places in the order."""
-        found = super().sites(structure)
-        if isinstance(found, list) and found[0].space.causal:
-            where = Place(found[0].block.path, op_name(found[0].block.attentions[0].node))
-            return Refusal(
-                "token-order", "merging breaks token order, and this attention is causal", "use prune", where
-            )
-        return found
 
     def room(self, free: int) -> int:
         """Half: each pair has one token of the even and one of the odd places."""

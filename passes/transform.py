@@ -9,16 +9,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from optpass.errors import Place, Refusal
 from optpass.passes.base import Reduction, ReductionOptions, Site
 from optpass.passes.prune import surrounded
 from optpass.passes.prune.divprune import token_features
-from optpass.passes.prune.selectors import AUTO, chosen, known, selectors
-from optpass.program import op_name
+from optpass.passes.prune.selectors import AUTO, SelectorName, chosen, selectors
 from optpass.rewrite import Builder
-from optpass.structure import Structure
 from optpass.tokens import Matrix, TokenMap, one_hot
 
 FAR = -1e4
@@ -28,17 +25,12 @@ FAR = -1e4
 class TransformOptions(ReductionOptions):
     """Options of ``transform``."""
 
-    selector: str = Field(
+    selector: SelectorName = Field(
         AUTO, description="which tokens stay: auto (cls-attention, or norm), " + ", ".join(selectors())
     )
     spread: int = Field(4, ge=1, description="how many tokens each of the others feeds; 1 merges it into the nearest")
     temperature: float = Field(0.1, gt=0, description="of the softmax over cosine similarities")
     proportional: bool = Field(True, description="attention weighs each token by how many it stands for")
-
-    @field_validator("selector")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return known(value)
 
 
 class Transform(Reduction):
@@ -46,16 +38,8 @@ class Transform(Reduction):
 
     name = "transform"
     options_type = TransformOptions
+    mixing = "transforming"
     identity: ClassVar[dict[str, Any]] = {"keep": 1.0}
-
-    def sites(self, structure: Structure) -> list[Site] | Refusal:
-        """Not in causal towers: a token would feed others that stand before it."""
-        found = super().sites(structure)
-        if isinstance(found, list) and found[0].space.causal:
-            where = Place(found[0].block.path, op_name(found[0].block.attentions[0].node))
-            what = "transforming breaks token order, and this attention is causal"
-            return Refusal("token-order", what, "use prune", where)
-        return found
 
     def build(self, site: Site, b: Builder) -> TokenMap:
         """The assignment matrix ``[batch, target, source]``; its columns sum to one."""

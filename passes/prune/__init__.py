@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from optpass.errors import Place, Refusal
 from optpass.passes.base import Reduction, ReductionOptions, Site
-from optpass.passes.prune.selectors import AUTO, chosen, known, selectors
+from optpass.passes.prune.selectors import AUTO, SelectorName, chosen, selectors
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Structure
 from optpass.tokens import Gather, TokenMap, Value
@@ -21,14 +21,9 @@ from optpass.tokens import Gather, TokenMap, Value
 class PruneOptions(ReductionOptions):
     """Options of ``prune``."""
 
-    selector: str = Field(
+    selector: SelectorName = Field(
         AUTO, description="how tokens are chosen: auto (cls-attention, or norm), " + ", ".join(selectors())
     )
-
-    @field_validator("selector")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return known(value)
 
 
 class Prune(Reduction):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
-import pkgutil
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import AfterValidator
 
 from optpass.errors import Refusal
-from optpass.passes.base import Site
+from optpass.passes.base import Site, scanned
 from optpass.rewrite import Builder, Refused
 from optpass.tokens import Value
 
@@ -56,11 +54,14 @@ def spare(site: Site, b: Builder, score: Value) -> Value:
     return score
 
 
-def known(name: str) -> str:
-    """The name, if it is that of a selector or ``auto``."""
+def _known(name: str) -> str:
     if name != AUTO and name not in selectors():
         raise ValueError(f"selector={name} is none of {AUTO}, {', '.join(selectors())}")
     return name
+
+
+SelectorName = Annotated[str, AfterValidator(_known)]
+"""An option that names a selector, or ``auto``."""
 
 
 def chosen(name: str, site: Site, b: Builder, count: Value) -> Selector:
@@ -82,17 +83,4 @@ def chosen(name: str, site: Site, b: Builder, count: Value) -> Selector:
 @functools.cache
 def selectors() -> dict[str, type[Selector]]:
     """Every selector by name."""
-    package = __name__.rpartition(".")[0]
-    found: dict[str, type[Selector]] = {}
-    path = importlib.util.find_spec(package).submodule_search_locations  # type: ignore[union-attr]
-    for info in pkgutil.iter_modules(path):
-        module = importlib.import_module(f"{package}.{info.name}")
-        for value in vars(module).values():
-            if (
-                inspect.isclass(value)
-                and issubclass(value, Selector)
-                and value.__module__ == module.__name__
-                and "name" in vars(value)
-            ):
-                found[value.name] = value
-    return found
+    return scanned(__name__.rpartition(".")[0], Selector)

@@ -17,19 +17,13 @@ from optpass.manager import Placed, apply, rewrite
 from optpass.structure import analyse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from small import TOKENS, program
+from small import TOKENS, program, rewritten
 
 
 def weights(passes: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Tensor, Tensor]:
     """The assignment matrix of the first site and the index of its targets."""
     monkeypatch.setattr(rewriter, "TAPPED", ("weight", "index"))
-    model = program(**options).main
-    structure = analyse(model)
-    (made,) = parse(passes)
-    sites = made.sites(structure)
-    assert isinstance(sites, list)
-    result = rewrite(structure, [Placed(made, tuple(sites))], tap=True)
-    taps = dict(zip(result.tapped, result.module(*model.example)[len(model.outputs) :], strict=True))
+    _, taps = rewritten(passes, **options)
     return taps["0.weight"], taps["0.index"]
 
 
