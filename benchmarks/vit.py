@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 import optpass
 from benchmarks import models, report
 from benchmarks.tome import TokenMerging
-from optpass import measure, metrics
+from optpass import grammar, manager, measure, metrics
+from optpass.capture import capture
+from optpass.export import artifact
 from optpass.results import Interval, PassRecord
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import Opened, open_engine
@@ -42,9 +44,9 @@ ENGINES = ("onnxruntime", "openvino", "openvino:bf16")
 SHIPPED = 2000
 """Images that come with the package; the first of the test split."""
 EVERYWHERE = "the same in every block"
-WHOLE = ("schedule",)
-"""Arms that are judged on all images and every engine; the others on the shipped images, and on ``JUDGES`` alone."""
+ENGINE_IDS = ("onnxruntime-f32", "openvino-f32", "openvino-bf16")
 JUDGES = ("onnxruntime-f32", "openvino-bf16")
+"""Engines that arms beside the schedule are judged on: float32 engines differ by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,13 @@ def sites_of(records: Sequence[PassRecord]) -> list[Site]:
     return [Site(block, tokens) for block, tokens in zip(blocks, steps, strict=True)]
 
 
-def arms(records: Sequence[PassRecord]) -> dict[str, str]:
+def arms(records: Sequence[PassRecord], depth: int) -> dict[str, str]:
     """The other ways to take the same tokens at the same sites."""
     sites = sites_of(records)
     where = f"at=[{','.join(str(s.block) for s in sites)}],r=[{','.join(str(s.tokens) for s in sites)}]"
     where += f",place={records[0].options['place']}"
     return {
+        "merge everywhere": f"merge(r={reductions(sites, depth)[EVERYWHERE][0]},at=all)",
         "transform": f"transform({where})",
         "norm": f"prune(selector=norm,{where})",
         "cls-attention": f"prune(selector=cls-attention,{where})",
@@ -139,10 +142,13 @@ class Line:
         self.dense_guesses: dict[str, Array] = {}
         self.sessions: dict[str, tuple[Session, Session]] = {}
         self.records: list[PassRecord] = []
+        self.unfaithful: list[str] = []
 
     def build(self, passes: str, name: str) -> tuple[Path, list[PassRecord]]:
         """Optimize; verification is part of it, the quality on a few images too."""
         out = self.folder / f"{self.setup.name}-{self.setup.batch}-{name}"
+        if self.setup.images is None:
+            return out, self.build_for_speed(passes, out)
         result = optpass.optimize(
             self.setup.source, passes, backend=ENGINES, out=out, inputs={"pixel_values": self.setup.example},
             samples=None if self.setup.images is None else self.setup.batch, seconds=0, force=True,
@@ -151,8 +157,27 @@ class Line:
             raise SystemExit(f"{passes}: {[(r.status, r.reason) for r in result.passes]} {result.fidelity}")
         return out, result.passes
 
-    def measure(self, arm: str, passes: str, judge: bool) -> list[dict[str, Any]]:
-        """A row for each engine."""
+    def build_for_speed(self, passes: str, out: Path) -> list[PassRecord]:
+        """As ``build``, but engines that differ from eager are measured too, and said to differ.
+
+        With random weights all tokens are alike, so that bfloat16 merges others than float32 does.
+        """
+        program = capture(self.setup.source)
+        outcome = manager.apply(program, grammar.parse(passes))
+        if not outcome.ok:
+            raise SystemExit(f"{passes}: {[(r.status, r.reason) for r in outcome.records]}")
+        with artifact.writer(out, source=self.setup.name, force=True) as new:
+            for text in ENGINES:
+                backend, _, precision = text.partition(":")
+                new.add(outcome.program.main, backend, precision or "f32")
+                new.add(program.main, backend, precision or "f32", role="dense")
+            checked = new.fidelity()
+            self.unfaithful = [f"{f.engine} {f.difference:.2g} of {f.tolerance:.2g}" for f in checked if not f.ok]
+            new.finish(passes=outcome.records, fidelity=checked)
+        return list(outcome.records)
+
+    def measure(self, arm: str, passes: str, judges: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each engine; those named in ``judges`` are judged on the shipped images."""
         out, records = self.build(passes, arm)
         rows = []
         for engine, twin in measure.pairs(manifests.read(out)).items():
@@ -165,9 +190,10 @@ class Line:
                 "tokens": records[-1].tokens, "engine": engine, "dense_ms": round(latency.dense.median_ms, 3),
                 "optimized_ms": round(latency.optimized.median_ms, 3), "speedup": _plain(latency.speedup),
                 "pairs": latency.dense.runs, "quality": [],
+                "unfaithful": [text for text in self.unfaithful if text.startswith(engine)],
             }  # fmt: skip
-            if judge and (arm in WHOLE or engine in JUDGES):
-                row["quality"] = self.judge(engine, dense, optimized, None if arm in WHOLE else SHIPPED)
+            if engine in judges:
+                row["quality"] = self.judge(engine, dense, optimized, SHIPPED)
             report.say(f"  {report.ratio(row['speedup'])} {[report.points(q['drop']) for q in row['quality']]}")
             if arm == "schedule":
                 self.sessions[engine], self.records = (dense, optimized), records
@@ -182,11 +208,11 @@ class Line:
     def judge(self, engine: str, dense: Session, optimized: Session, count: int | None) -> list[dict[str, Any]]:
         """Quality of one engine beside its dense twin, whose guesses are the same for every arm."""
         assert self.setup.images is not None
-        batch = self.setup.batch
-        if engine not in self.dense_guesses:
-            self.dense_guesses[engine] = guesses(_of(dense), self.setup.images, batch)
-        found = guesses(_of(optimized), self.setup.images[:count], batch)
-        return judged(self.setup, self.dense_guesses[engine][: len(found)], found)
+        images, batch = self.setup.images[:count], self.setup.batch
+        if len(self.dense_guesses.get(engine, ())) < len(images):
+            self.dense_guesses[engine] = guesses(_of(dense), images, batch)
+        found = guesses(_of(optimized), images, batch)
+        return judged(self.setup, self.dense_guesses[engine][: len(images)], found)
 
 
 def _of(session: Session) -> Run:
@@ -224,8 +250,8 @@ def peer(line: Line, reductions: Mapping[str, Sequence[int]], folder: Path, judg
                 row["schedule_over_peer"] = _plain(measure.speedup(*line.times(reduced, ours)))
             if judge and form != "eager torch" and engine == "onnxruntime-f32":
                 assert setup.images is not None
-                ran = guesses(reduced, setup.images, setup.batch)
-                row["quality"] = judged(setup, line.dense_guesses[engine], ran)
+                ran = guesses(reduced, setup.images[:SHIPPED], setup.batch)
+                row["quality"] = judged(setup, line.dense_guesses[engine][: len(ran)], ran)
             report.say(f"  {form}: {report.ratio(row['speedup'])}")
             rows.append(row)
     return rows
@@ -320,6 +346,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="test images to judge on; 2,000 need no download")
     parser.add_argument("--schedule", help="in place of the one of the zoo")
     parser.add_argument("--control", help="in place of the one of the zoo")
+    parser.add_argument("--models", default="fashion-8,fashion-1,deit-8", help="which, by name and batch")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="directory of the results")
     given = parser.parse_args()
     entry = registry.load("fashion-vit")
@@ -328,23 +355,45 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
     data: dict[str, Any] = {"machine": report.machine(), "schedule": schedule, "control": control}
+
+    def write() -> str:
+        """After each step, so that a run that is cut short leaves what it has."""
+        data.update(arms=rows, token_merging=peers)
+        return report.write("vit", data, sections(schedule, control, rows, peers), given.out)
+
     with tempfile.TemporaryDirectory(prefix="optpass-benchmark-") as scratch:
         folder = Path(scratch)
-        for setup in (fashion(8, given.images), fashion(1, min(given.images, SHIPPED)), deit(8)):
-            line = Line(setup, folder, given.seconds)
+        known = {
+            "fashion-8": lambda: fashion(8, given.images),
+            "fashion-1": lambda: fashion(1, SHIPPED),
+            "deit-8": lambda: deit(8),
+        }
+        lines = [Line(known[name](), folder, given.seconds) for name in given.models.split(",")]
+        for line in lines:
+            setup = line.setup
             real = setup.images is not None
-            rows += line.measure("schedule", schedule, real)
+            rows += line.measure("schedule", schedule, ENGINE_IDS if real else ())
+            rows += line.measure("control", control, JUDGES if real and setup.batch > 1 else ())
             merging = reductions(sites_of(line.records), len(models.parts_of(setup.module).blocks))
-            others = {"control": control} | (arms(line.records) if real and setup.batch > 1 else {})
-            if real and setup.batch > 1:
-                others["merge everywhere"] = f"merge(r={merging[EVERYWHERE][0]},at=all)"
-            for name, passes in others.items():
-                rows += line.measure(name, passes, real)
             peers += peer(line, merging, folder, real and setup.batch > 1)
-            data |= {"arms": rows, "token_merging": peers}
-            # after each model, so that a run that is cut short leaves what it has
-            text = report.write("vit", data, sections(schedule, control, rows, peers), given.out)
-    print(text)
+            write()
+        for line in lines:
+            if line.setup.images is None or line.setup.batch == 1:
+                continue
+            whole(line, rows)
+            write()
+            for name, passes in arms(line.records, len(models.parts_of(line.setup.module).blocks)).items():
+                rows += line.measure(name, passes, JUDGES)
+                write()
+    print(write())
+
+
+def whole(line: Line, rows: Sequence[dict[str, Any]]) -> None:
+    """Judge the schedule on all images as well, engine by engine."""
+    for row in rows:
+        if (row["model"], row["batch"], row["arm"]) == (line.setup.name, line.setup.batch, "schedule"):
+            report.say(f"all images on {row['engine']}")
+            row["quality"] = line.judge(row["engine"], *line.sessions[row["engine"]], None)
 
 
 def sections(
