@@ -418,7 +418,7 @@ def _agree(a: Array, b: Array) -> tuple[Array, Array, Array]:
     return same, divergence, cosine(*flat)
 
 
-RANDOM_ROWS, RANDOM_CALLS = 16, 4
+RANDOM_ROWS, RANDOM_CALLS = 8, 4
 """Random inputs to look at: as many batches of the example's size as give the rows, but no more than the calls."""
 
 
