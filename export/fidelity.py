@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from optpass.export.translate import trials, work
-from optpass.program import Stage
+from optpass.program import Stage, op_name
 from optpass.runtime.check import Recorded, Reference
 
 ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9}
@@ -16,7 +16,7 @@ ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9}
 
 SAFETY = 2.0
 """The count of contractions holds those side by side too, and a residual stream takes each block's error at its share
-only, so that the deviation is over-estimated: engines that are right stay 10 times below it (DeiT-S, Fashion ViT)."""
+only, so that the deviation is over-estimated: dense engines that are right stay 10 times below it."""
 
 
 def tolerance(stage: Stage, precision: str) -> float:
@@ -35,6 +35,28 @@ def tolerance(stage: Stage, precision: str) -> float:
 
 LANES = 8
 """Partial sums that the narrowest vector unit in use keeps side by side."""
+
+
+CHOICES = ("topk", "sort", "argsort", "argmax", "max", "min")
+"""Ops whose result is a place, which rounding can move."""
+
+
+def chooses(stage: Stage) -> bool:
+    """Whether the graph decides by comparing values which tokens go where."""
+    return any(op_name(node) in CHOICES for node in stage.exported.graph.nodes if node.op == "call_function")
+
+
+def effect(stage: Stage, dense: Stage) -> float:
+    """How far the passes moved the outputs from those of the unmodified model, relative to the largest value of each.
+
+    As much as an engine may differ that made other choices than eager execution did, and no more.
+    """
+    moved = [
+        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(1e-9))
+        for a, b in zip(stage.results, dense.results, strict=True)
+        if a.is_floating_point() and a.numel()
+    ]
+    return max(moved, default=0.0)
 
 
 @torch.no_grad()

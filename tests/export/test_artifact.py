@@ -271,3 +271,15 @@ def test_a_signal_in_the_middle_leaves_no_trace(number: signal.Signals, tmp_path
         assert process.wait(30) != 0
         assert time.monotonic() - begin < 30
     assert left_in(tmp_path) == []
+
+
+def test_only_a_graph_that_decides_may_decide_otherwise() -> None:
+    plain = capture((nn.Linear(4, 4), (torch.randn(2, 4),), {})).main
+    assert not fidelity.chooses(plain)
+    assert fidelity.effect(plain, plain) == 0.0
+
+    class First(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.gather(1, x.topk(2, 1)[1])
+
+    assert fidelity.chooses(capture((First(), (torch.randn(2, 4),), {})).main)

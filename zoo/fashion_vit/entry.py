@@ -18,9 +18,9 @@ SUMMARY = "vision transformer, 197 tokens, 1.3 M parameters; Fashion-MNIST top-1
 METRIC = "top1"
 WEIGHTS = Path(__file__).parent / "model.safetensors"
 BATCH = 8
-SCHEDULE = "merge(at=[1,2],keep=[0.5,0.5])"
+SCHEDULE = "merge(at=0,keep=0.5),prune(at=2,selector=random,keep=0.5)"
 """The token reduction that the demo and the benchmarks apply."""
-CONTROL = "prune(selector=random,at=[1,2],keep=[0.5,0.5])"
+CONTROL = "prune(selector=random,at=[0,2],keep=[0.5,0.5])"
 """The same number of tokens at the same blocks, chosen by chance: what any schedule has to beat."""
 
 
