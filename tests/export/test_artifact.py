@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.export import artifact, fidelity
 from optpass.export.base import Backend, backends
