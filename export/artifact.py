@@ -124,11 +124,12 @@ class Writer:
             engine = self.engines[name]
             recorded = self.reference(engine.role, engine.stage)
             self.step(f"checking {name} against eager")
-            found = check.fidelity(name, self.session(name), recorded, engine.tolerance)
+            session = self.session(name)
+            found = check.fidelity(name, session, recorded, engine.tolerance)
             if not all(entry.ok for entry in found) and self._chooses_otherwise(name, recorded):
                 wider = fidelities.effect(self._stage(engine), self._stage(engine, "dense"))
                 self.engines[name] = engine.model_copy(update={"tolerance": max(wider, engine.tolerance)})
-                found = check.fidelity(name, self.session(name), recorded, self.engines[name].tolerance)
+                found = check.fidelity(name, session, recorded, self.engines[name].tolerance)
             results += found
         return results
 

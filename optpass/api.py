@@ -14,6 +14,7 @@ from optpass import dump, grammar, manager, measure, metrics
 from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.export import artifact
+from optpass.export.base import backend as find_backend
 from optpass.export.base import backends
 from optpass.manager import OnFail
 from optpass.passes.base import Pass, registry
@@ -21,7 +22,7 @@ from optpass.program import Stage
 from optpass.results import BenchResult, Latency, Metric, OptimizeResult, VerifyResult
 from optpass.runtime import check as checks
 from optpass.runtime import manifest as manifests
-from optpass.runtime.session import Session
+from optpass.runtime.session import Session, load
 from optpass.structure import Structure, analyse
 
 Progress = Callable[[str, int, int], None]
@@ -164,7 +165,9 @@ def verify(
     figures: list[Metric] = []
     for name, dense in twins.items():
         steps.next(f"take the metric on {name}")
-        figures += evaluation.run(_open(folder, dense), _open(folder, name), checks.read(folder, manifest, name))
+        figures += evaluation.run(
+            load(folder, engine=dense), load(folder, engine=name), checks.read(folder, manifest, name)
+        )
     return result.model_copy(update={"metric": figures})
 
 
@@ -261,14 +264,12 @@ def _passes(passes: str | Sequence[Pass], recipe: str | os.PathLike[str] | None)
 
 def _engines(backend: str | Sequence[str]) -> list[tuple[str, str]]:
     """``openvino:bf16`` as ``(openvino, bf16)``, each checked before any work starts."""
-    from optpass.export.base import backend as found
-
     engines = []
     for text in [backend] if isinstance(backend, str) else backend:
         name, _, precision = text.partition(":")
         known = backends().get(name)
         precision = precision or (known.precisions[0] if known else "")
-        found(name, precision)
+        find_backend(name, precision)
         if (name, precision) in engines:
             raise OptpassError("usage", f"backend {text} is named twice", "name it once")
         engines.append((name, precision))
@@ -340,12 +341,6 @@ class _Steps:
 def _batch(stage: Stage) -> str:
     first = stage.example[0]
     return str(first.shape[0] if first.dim() else 1)
-
-
-def _open(folder: Path, engine: str) -> Session:
-    from optpass.runtime.session import load
-
-    return load(folder, engine=engine)
 
 
 def _first_size(manifest: manifests.Manifest, engine: str, batch: int) -> dict[str, int]:

@@ -79,7 +79,7 @@ def rule_for(node: Node) -> Rule | None:
 # helpers
 
 
-def operand(walker: Walker, node: Node, index: int, name: str | None = None, default: Any = None) -> Any:
+def operand(node: Node, index: int, name: str | None = None, default: Any = None) -> Any:
     """An argument by position or name."""
     if len(node.args) > index:
         return node.args[index]
@@ -229,8 +229,8 @@ def attention(walker: Walker, node: Node) -> Tracked:
     k = walker.coerce(key[0], (*lead, columns, key[1][-1]), level)
     v = walker.coerce(value[0], (*lead, columns, value[1][-1]), level)
     scores: Layout = (*lead, rows, columns)
-    mask = operand(walker, node, 3, "attn_mask")
-    causal = operand(walker, node, 5, "is_causal", False)
+    mask = operand(node, 3, "attn_mask")
+    causal = operand(node, 5, "is_causal", False)
     bias = walker.bias(columns[0], level) if has_tokens(columns) else None
     moved = not (has_tokens(rows) and has_tokens(columns) and walker.in_order(level))
     m: Traced | None = None
@@ -248,7 +248,7 @@ def attention(walker: Walker, node: Node) -> Tracked:
         else:
             m = m + spread
     kwargs = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
-    out = walker.emit.call(node.target, q, k, v, m, operand(walker, node, 4, "dropout_p", 0.0), causal, **kwargs)
+    out = walker.emit.call(node.target, q, k, v, m, operand(node, 4, "dropout_p", 0.0), causal, **kwargs)
     local = not has_tokens(columns) and all(t.local for t, _ in (query, key, value))
     return Tracked(out, (*lead, rows, plain(old_shape(node)[-1])), level, local)
 
@@ -343,7 +343,7 @@ def reshape(walker: Walker, node: Node) -> Tracked:
         return replace(value, proxy=value.proxy.unsqueeze(dim), layout=(*layout[:dim], (), *layout[dim:]))
     if name == "squeeze":
         old = old_shape(node.args[0])  # type: ignore[arg-type]
-        dims = operand(walker, node, 1, default=[d for d, s in enumerate(old) if same(s, 1)])
+        dims = operand(node, 1, default=[d for d, s in enumerate(old) if same(s, 1)])
         dims = [wrap(d, len(old)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
         gone = {d for d in dims if same(old[d], 1)}
         only(all(is_plain(layout[d]) for d in gone), "it squeezes a batch or token axis")
@@ -478,16 +478,16 @@ def _bound(value: Any, size: Any, default: Any) -> Any:
 def slice_(walker: Walker, node: Node) -> Tracked:
     """Of a plain dimension: as it is. Of tokens: see ``_cut``."""
     value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
-    dim = wrap(operand(walker, node, 1, "dim", 0), len(layout))
+    dim = wrap(operand(node, 1, "dim", 0), len(layout))
     size = old_shape(node.args[0])[dim]  # type: ignore[arg-type]
-    start = _bound(operand(walker, node, 2, "start"), size, 0)
-    stop = _bound(operand(walker, node, 3, "end"), size, size)
+    start = _bound(operand(node, 2, "start"), size, 0)
+    stop = _bound(operand(node, 3, "end"), size, size)
     if op_name(node) == "narrow":
         stop = start + node.args[3]
     if has_tokens(layout[dim]):
         if isinstance(start, int) and start == 0 and same(stop, size):
             return value
-        only(operand(walker, node, 4, "step", 1) == 1, "it takes every n-th token")
+        only(operand(node, 4, "step", 1) == 1, "it takes every n-th token")
         return _cut(walker, value, layout, dim, start, stop)
     only(is_plain(layout[dim]), "it slices the batch")
     out = remake(walker, node, {node.args[0]: value.proxy})  # type: ignore[dict-item]
@@ -524,7 +524,7 @@ def split(walker: Walker, node: Node) -> Several:
     """Several slices, or several selects."""
     value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
     default = 1 if op_name(node) == "unbind" else 2
-    dim = wrap(operand(walker, node, default, "dim", 0), len(layout))
+    dim = wrap(operand(node, default, "dim", 0), len(layout))
     pieces: Several = []
     shapes = [list(v.shape) for v in node.meta["val"]]
     if not has_tokens(layout[dim]):
@@ -555,7 +555,7 @@ def getitem(walker: Walker, node: Node) -> Tracked:
 def cat(walker: Walker, node: Node) -> Tracked:
     """Along features: coerced side by side. Along tokens: the axis becomes a concatenation."""
     shape = old_shape(node)
-    dim = wrap(operand(walker, node, 1, "dim", 0), len(shape))
+    dim = wrap(operand(node, 1, "dim", 0), len(shape))
     # torch lets a tensor of shape [0] stand for nothing at all
     nodes: list[Any] = [n for n in node.args[0] if len(old_shape(n)) == len(shape)]  # type: ignore[union-attr, arg-type]
     values = [layout_of(walker, n) for n in nodes]
@@ -593,7 +593,7 @@ def stack(walker: Walker, node: Node) -> Tracked:
     layout = tuple(
         next((g for g in gs if not is_plain(g)), gs[0]) for gs in zip(*(la for _, la in values), strict=True)
     )
-    dim = wrap(operand(walker, node, 1, "dim", 0), len(layout) + 1)
+    dim = wrap(operand(node, 1, "dim", 0), len(layout) + 1)
     out = walker.emit.call(node.target, [walker.coerce(t, layout, level) for t, _ in values], dim)
     return Tracked(out, (*layout[:dim], plain(len(nodes)), *layout[dim:]), level, all(t.local for t, _ in values))
 
@@ -606,7 +606,7 @@ def reduction(walker: Walker, node: Node) -> Tracked:
     """Over features: local. A sum or mean over tokens counts each for those it stands for."""
     value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
     at = 2 if op_name(node) in ("linalg_vector_norm", "norm") else 1
-    dims = operand(walker, node, at, "dim")
+    dims = operand(node, at, "dim")
     only(dims is not None, "it reduces everything")
     dims = [wrap(d, len(layout)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
     keep = len(old_shape(node)) == len(layout)
@@ -672,7 +672,7 @@ def size(walker: Walker, node: Node) -> Tracked:
 def topk(walker: Walker, node: Node) -> Several:
     """Over features, such as the scores of experts."""
     value, layout = layout_of(walker, node.args[0])  # type: ignore[arg-type]
-    dim = wrap(operand(walker, node, 2, "dim", -1), len(layout))
+    dim = wrap(operand(node, 2, "dim", -1), len(layout))
     only(is_plain(layout[dim]), "it ranks tokens")
     made = remake(walker, node, {node.args[0]: value.proxy})  # type: ignore[dict-item]
     rest = (*layout[:dim], plain(node.meta["val"][0].shape[dim]), *layout[dim + 1 :])
@@ -741,7 +741,7 @@ def copy(walker: Walker, node: Node) -> Tracked:
 def slice_scatter(walker: Walker, node: Node) -> Tracked:
     """Writes into a stretch of a plain dimension."""
     into, what = node.args[:2]
-    dim = wrap(operand(walker, node, 2, "dim", 0), len(old_shape(node)))
+    dim = wrap(operand(node, 2, "dim", 0), len(old_shape(node)))
     only(isinstance(what, Node), "it writes a number")
     (value, layout), (written, other) = layout_of(walker, into), layout_of(walker, what)  # type: ignore[arg-type]
     only(is_plain(layout[dim]) and is_plain(other[dim]), "it writes into a stretch of the tokens")

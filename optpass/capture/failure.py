@@ -24,7 +24,7 @@ EXPRESSION = re.compile(r"data-dependent expression (?P<expression>.*?) \(unhint
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the tracer's own logs, prints and warnings off the user's terminal."""
+    """Keep logs, prints and warnings of the tracer and of libraries off the user's terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

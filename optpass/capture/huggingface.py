@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import torch
 from torch import nn
 
 from optpass.capture.examples import hugging_face_inputs
+from optpass.capture.failure import quiet
 from optpass.capture.sources import Source
 from optpass.errors import OptpassError
 
@@ -25,7 +22,7 @@ def download(model_id: str) -> Path:
     hub = library("huggingface_hub")
     patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
     try:
-        with _silent():
+        with quiet():
             return Path(hub.snapshot_download(model_id, allow_patterns=patterns))
     except Exception as error:  # errors of the network are of many types
         raise OptpassError(
@@ -108,7 +105,7 @@ def _unlisted(model_type: str, architecture: str) -> Any:
 def checked(name: str, load: Any) -> nn.Module:
     """Run a loader that returns (module, info); refuse weights that were not in the files."""
     try:
-        with _silent():
+        with quiet():
             module, info = load()
     except Exception as error:  # loading reads files that may be damaged in any way
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -142,16 +139,3 @@ def library(name: str) -> Any:
         raise OptpassError(
             "missing-library", f"{name} is not installed", "install the extra: pip install 'optpass[hf]'"
         ) from error
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep progress bars and load reports of the library off the user's terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
