@@ -21,14 +21,17 @@ Progress = Callable[[int, int, str], None]
 
 
 class Entry(Protocol):
-    """What the ``entry`` module of a zoo model holds; importing it imports no torch."""
+    """What the ``entry`` module of a zoo model holds; importing it imports no torch.
+
+    ``SCHEDULE`` and ``CONTROL`` are there where passes on the model have a demonstration.
+    """
 
     METRIC: str
     SUMMARY: str
     SCHEDULE: str
     CONTROL: str
     factory: Callable[[], tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
-    test_split: Callable[[int], dict[str, NDArray[np.generic]]]
+    test_split: Callable[[int | None], dict[str, NDArray[np.generic]]]
 
 
 def names() -> list[str]:

@@ -57,6 +57,14 @@ def test_model_knows_the_shipped_images() -> None:
     assert float((guesses == split["labels"]).mean()) > 0.76
 
 
+@pytest.mark.parametrize("name", registry.names())
+def test_all_of_the_test_split_is_there_without_a_count(name: str) -> None:
+    found = registry.load(name).test_split(None)
+    sizes = {len(array) for array in found.values()}
+    assert len(sizes) == 1
+    assert min(sizes) > 200
+
+
 def test_count_of_images_is_checked() -> None:
     assert entry.test_split(3)["labels"].shape == (3,)
     with pytest.raises(OptpassError, match="ask for 1 to 2000"):

@@ -7,16 +7,13 @@ unpacked into a cache directory; ``OPTPASS_DATA`` names another directory that h
 from __future__ import annotations
 
 import gzip
-import os
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from optpass.errors import OptpassError
+from optpass.zoo import packages
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -54,49 +51,9 @@ def _bytes(path: Path, header: int) -> NDArray[np.uint8]:
 
 def directory() -> Path:
     """Where the four files are; fetched if they are nowhere."""
-    own = os.environ.get("OPTPASS_DATA")
-    if own:
-        if not _complete(Path(own)):
-            raise OptpassError(
-                "data", f"OPTPASS_DATA={own} lacks the Fashion-MNIST files", f"copy those of {PACKAGE} there"
-            )
-        return Path(own)
-    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "optpass"
-    unpacked = cached / INSTALLED.relative_to("/")
-    for folder in (INSTALLED, unpacked):
-        if _complete(folder):
-            return folder
-    if os.geteuid() == 0:
-        _call("apt-get", "install", "-y", PACKAGE) or (
-            _call("apt-get", "update") and _call("apt-get", "install", "-y", PACKAGE)
-        )
-    if _complete(INSTALLED):
-        return INSTALLED
-    _unpack(cached)
-    if _complete(unpacked):
-        return unpacked
-    raise OptpassError(
-        "data", "the Fashion-MNIST files are not here and cannot be fetched", f"install {PACKAGE}, or set OPTPASS_DATA"
-    )
+    return packages.directory("the Fashion-MNIST files", (PACKAGE,), INSTALLED, _complete)
 
 
 def _complete(folder: Path) -> bool:
     kinds = ("images-idx3", "labels-idx1")
     return all((folder / f"{split}-{kind}-ubyte.gz").is_file() for split in ("train", "t10k") for kind in kinds)
-
-
-def _unpack(target: Path) -> None:
-    """Download the Debian package without installing it, which needs no root."""
-    with tempfile.TemporaryDirectory() as work:
-        if not _call("apt-get", "download", PACKAGE, cwd=work):
-            return
-        for package in Path(work).glob("*.deb"):
-            target.mkdir(parents=True, exist_ok=True)
-            _call("dpkg", "-x", str(package), str(target))
-
-
-def _call(*command: str, cwd: str | None = None) -> bool:
-    try:
-        return subprocess.run(command, cwd=cwd, capture_output=True, check=False, timeout=300).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False

@@ -37,9 +37,10 @@ def factory() -> tuple[FashionViT, tuple[()], dict[str, Any]]:
     return model.eval(), (), {"pixel_values": torch.from_numpy(images[:BATCH])}
 
 
-def test_split(count: int) -> dict[str, NDArray[np.generic]]:
-    """The first ``count`` test images as inputs, and their ``labels``."""
+def test_split(count: int | None) -> dict[str, NDArray[np.generic]]:
+    """The first ``count`` test images as inputs, and their ``labels``; those that are shipped without a count."""
     images, labels = data.shipped()
+    count = len(labels) if count is None else count
     if count > len(labels):
         images, labels = data.whole("t10k")
     if not 1 <= count <= len(labels):
