@@ -17,9 +17,12 @@ import numpy as np
 
 from optpass.errors import OptpassError
 from optpass.results import Fidelity, VerifyResult
+from optpass.runtime import choice
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import Array
+from optpass.runtime.kept import CANDIDATES, TOKEN
 from optpass.runtime.manifest import Manifest
+from optpass.runtime.providers import Provider
 from optpass.runtime.session import open_session
 
 SAMPLE = 1 << 16
@@ -128,6 +131,21 @@ def _recorded(arrays: Mapping[str, Array], number: int, entry: Mapping[str, Any]
     return Recorded(entry["sizes"], outputs)
 
 
+CHOICES = {TOKEN: "logits", CANDIDATES[0]: "logits"}
+"""Outputs that name the largest values of another: of two that rounding makes equal either may be named."""
+
+
+def valued(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs with the values that choices stand for in their place."""
+    found = dict(outputs)
+    for name, source in CHOICES.items():
+        if name in outputs and source in outputs:
+            places = outputs[name]
+            places = places if places.ndim == outputs[source].ndim else places[..., None]
+            found[name] = np.take_along_axis(outputs[source], places, -1)
+    return found
+
+
 def fidelity(name: str, session: Runs, reference: Reference, tolerance: float) -> list[Fidelity]:
     """Hold an engine against recorded eager outputs at all their sizes; one result per output.
 
@@ -140,7 +158,7 @@ def fidelity(name: str, session: Runs, reference: Reference, tolerance: float) -
     outputs = list(reference.recorded[0].outputs)
     worst = {output: _Worst() for output in outputs}
     for record in reference.recorded:
-        results = session.run(**reference.inputs(record.sizes))
+        results = valued(session.run(**reference.inputs(record.sizes)))
         for output in outputs:
             worst[output].add(record.outputs[output], results.get(output), tolerance)
     sizes = [dict(record.sizes) for record in reference.recorded]
@@ -202,15 +220,19 @@ def verify(
     path: str | os.PathLike[str],
     *,
     engines: Sequence[str] | None = None,
+    backend: str | None = None,
     threads: int | None = None,
+    provider: Provider | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyResult:
     """Hold an artifact against its hashes, and its engines against the eager outputs recorded in it.
 
     Args:
         path: the artifact.
-        engines: ids; all of the artifact by default.
+        engines: ids; by default all that run here, machine code left out.
+        backend: whose machine code to run as well.
         threads: cores for one call; all by default.
+        provider: of ONNX Runtime; the engines of other backends are left out then.
         progress: called with each engine as its turn comes.
 
     Raises:
@@ -219,10 +241,23 @@ def verify(
     folder = Path(path)
     manifest = manifests.read(folder)
     results: list[Fidelity] = []
-    for name in manifest.engines if engines is None else engines:
+    unrun = choice.unrun(manifest, manifest.engines, backend) if engines is None else []
+    left = {row.engine for row in unrun}
+    here = [name for name in manifest.engines if name not in left]
+    if engines is None and not here:
+        raise choice.none_here(unrun)
+    if provider is not None:
+        here = [name for name in here if manifest.engines[name].backend == "onnxruntime"]
+    providers = {}
+    for name in here if engines is None else engines:
         if progress:
             progress(name)
-        session = open_session(folder, manifest, name, threads)
+        opened = open_session(folder, manifest, name, threads, provider)
+        if provider is not None:
+            providers[name] = opened.taken
+        session = opened.raw
         results += fidelity(name, session, read(folder, manifest, name), session.engine.tolerance)
     ok = bool(results) and all(result.ok for result in results)
-    return VerifyResult(ok=ok, artifact=str(folder), files=len(manifest.files), fidelity=results)
+    return VerifyResult(
+        ok=ok, artifact=str(folder), files=len(manifest.files), fidelity=results, unrun=unrun, providers=providers
+    )

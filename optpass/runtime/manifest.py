@@ -14,12 +14,19 @@ from pydantic import Field, ValidationError
 
 import optpass
 from optpass.errors import OptpassError
-from optpass.results import Fidelity, Latency, Metric, PassRecord, Result
+from optpass.results import Accepted, Fidelity, Latency, Layer, Metric, PassRecord, Result, Unrun
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
 
-LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
+STEP, PREFILL = "step", "prefill"
+"""Names of the stage that continues a text, whose twin without passes is the whole model, ``main``, and of the one that
+takes the prompt, where passes drop tokens of it."""
+
+LIBRARIES = (
+    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
+    "torch", "transformers",
+)  # fmt: skip
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
          "asimd", "bf16", "i8mm", "sve")  # fmt: skip
 """CPU features that decide which kernels an engine picks."""
@@ -49,6 +56,8 @@ class Engine(Result):
         entry: the file to open; ``files`` are all that belong to it.
         dynamic: bounds of the dynamic dimensions named in the shapes.
         tolerance: difference from eager execution that rounding explains, relative to the largest output.
+        target: devices that it is built for, one of which must be there; empty where any will do.
+        version: of the library that it is bound to; empty where any will do.
     """
 
     stage: str = "main"
@@ -61,11 +70,37 @@ class Engine(Result):
     outputs: list[TensorInfo]
     dynamic: dict[str, Bounds] = Field(default_factory=dict)
     tolerance: float
+    target: list[str] = Field(default_factory=list)
+    version: str = ""
 
     @property
     def dense(self) -> bool:
         """Whether this is an engine to compare with, not to serve."""
         return self.role == "dense"
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is one to load, and no part of another or for comparison."""
+        return not self.dense and self.stage != PREFILL
+
+    @property
+    def twin(self) -> str:
+        """The id of the engine without passes that it is compared with, which may be missing."""
+        return engine_id(self.backend, self.precision, "dense", "main" if self.stage == STEP else self.stage)
+
+    @property
+    def declared(self) -> list[str]:
+        """The dynamic dimensions as ``optimize --dynamic`` takes them, ``input_ids:1=tokens:2..512``."""
+        return [
+            f"{info.name}:{axis}={size}:{self.dynamic[size].minimum}..{self.dynamic[size].maximum}"
+            for info in self.inputs
+            for axis, size in enumerate(info.shape)
+            if isinstance(size, str)
+        ]
+
+    def mib(self, folder: Path) -> float:
+        """MiB of the files that it needs, in the artifact at ``folder``."""
+        return sum((folder / file).stat().st_size for file in self.files) / 2**20
 
 
 class Hardware(Result):
@@ -84,6 +119,7 @@ class Manifest(Result):
         engines: by id, ``onnxruntime-f32`` or ``dense/onnxruntime-f32``.
         default: the engine that ``load`` opens: the fastest one recorded, otherwise the first.
         files: SHA-256 of every file of the artifact but the manifest itself.
+        unrun: engines that the machine which built them could not run, so that nothing was measured on them.
         recipe: what to call ``optimize`` with to get the same artifact, as the caller records it.
     """
 
@@ -97,10 +133,24 @@ class Manifest(Result):
     default: str
     files: dict[str, str]
     passes: list[PassRecord] = Field(default_factory=list)
+    layers: list[Layer] = Field(default_factory=list)
     fidelity: list[Fidelity] = Field(default_factory=list)
     metric: list[Metric] = Field(default_factory=list)
     latency: list[Latency] = Field(default_factory=list)
+    accepted: list[Accepted] = Field(default_factory=list)
+    unrun: list[Unrun] = Field(default_factory=list)
     recipe: str = ""
+
+    def engine(self, name: str) -> Engine:
+        """The engine of an id.
+
+        Raises:
+            OptpassError: there is none.
+        """
+        if name not in self.engines:
+            known = ", ".join(self.engines)
+            raise OptpassError("engine-name", f"the artifact has no engine {name!r}", f"it has {known}")
+        return self.engines[name]
 
 
 def engine_id(backend: str, precision: str, role: str = "main", stage: str = "main") -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optpass.errors import OptpassError
+from optpass.runtime import choice
 from optpass.runtime import manifest as manifests
-from optpass.runtime.engines.base import Array, Opened, open_engine
-from optpass.runtime.manifest import Bounds, Engine, Manifest, TensorInfo
+from optpass.runtime.engines.base import Array, Opened, open_engine, open_on, require, unfit
+from optpass.runtime.manifest import PREFILL, STEP, Bounds, Engine, Manifest, TensorInfo, engine_id
+from optpass.runtime.providers import Provider
 
 
 class Session:
@@ -22,7 +24,11 @@ class Session:
         name: id of the engine in the manifest.
         engine: its entry there.
         threads: cores that work on one call.
+        why: this engine and no other of the artifact, in a sentence.
+        taken: what each execution provider took of the nodes, in words, where one was asked for.
     """
+
+    why = taken = ""
 
     def __init__(self, manifest: Manifest, name: str, opened: Opened, threads: int) -> None:
         self.manifest = manifest
@@ -30,6 +36,11 @@ class Session:
         self.engine: Engine = manifest.engines[name]
         self.threads = threads
         self._opened = opened
+
+    @property
+    def raw(self) -> Session:
+        """The engine itself, where the session does more than to run it."""
+        return self
 
     @property
     def inputs(self) -> list[TensorInfo]:
@@ -47,47 +58,119 @@ class Session:
         Raises:
             OptpassError: an input is missing, unknown, or not of the dtype, rank or size the engine takes.
         """
-        checked = check_inputs(self.engine, arrays)
+        results = self.call(self._opened, check_inputs(self.engine, arrays))
+        return {info.name: array for info, array in zip(self.outputs, results, strict=True)}
+
+    def call(self, opened: Opened, arrays: Sequence[Array], wanted: Sequence[int] | None = None) -> list[Array]:
+        """Run arrays that were checked; ``wanted`` outputs by their number, all by default.
+
+        Raises:
+            OptpassError: the engine cannot compute them.
+        """
         try:
-            results = self._opened.run(checked)
+            return opened.run(arrays, wanted)
         except Exception as error:  # engines raise errors of their own types
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             what = f"engine {self.name} cannot compute these inputs: {first}"
             raise OptpassError(
                 "engine-run", what, "compare them with the example the model was captured with"
             ) from error
-        return {info.name: array for info, array in zip(self.outputs, results, strict=True)}
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{info.name}: {describe(info)}" for info in self.inputs)
         return f"<Session {self.name} ({inputs})>"
 
 
-def load(path: str | os.PathLike[str], *, engine: str | None = None, threads: int | None = None) -> Session:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    provider: str | Provider | None = None,
+) -> Session:
     """Open an artifact after holding each of its files against the manifest.
 
     Args:
         path: the directory that ``optpass optimize`` wrote.
-        engine: id of an engine in it; by default the fastest recorded.
+        engine: id of an engine in it; by default the one that fits this machine best, never machine code.
+        backend: such as ``inductor`` or ``openvino:bf16``: the engine of it. Machine code, which may do all that this
+            process may, is loaded only where its engine or backend is named.
         threads: cores for one call; by default all that this process may use.
+        provider: of ONNX Runtime, such as ``cuda``, or a ``Provider`` with options and the share of the nodes that it
+            has to take; all of them by default. What it took is in ``why``.
+
+    Raises:
+        OptpassError: the artifact is damaged, has no such engine, or none that runs here.
     """
+    if engine is not None and backend is not None:
+        raise OptpassError("usage", "an engine and a backend are named", "name one of them")
     folder = Path(path)
     manifest = manifests.read(folder)
-    return open_session(folder, manifest, engine, threads)
+    asked = Provider(provider) if isinstance(provider, str) else provider
+    if asked is not None and engine is None:
+        backend = backend or "onnxruntime"
+    if backend is None:
+        return open_session(folder, manifest, engine, threads, asked)
+    return _opened(folder, manifest, choice.choose(manifest, backend), threads, asked)
 
 
-def open_session(folder: Path, manifest: Manifest, engine: str | None = None, threads: int | None = None) -> Session:
-    """Open an engine of an artifact whose manifest was read, and so checked, before."""
-    name = engine or manifest.default
-    if name not in manifest.engines:
-        known = ", ".join(manifest.engines)
-        raise OptpassError("engine-name", f"the artifact has no engine {name!r}", f"it has {known}")
+def open_session(
+    folder: Path,
+    manifest: Manifest,
+    engine: str | None = None,
+    threads: int | None = None,
+    provider: Provider | None = None,
+) -> Session:
+    """Open an engine of an artifact whose manifest was read, and so checked, before; the best for here by default."""
+    chosen = choice.choose(manifest) if engine is None else choice.Choice(engine, f"{engine} was named")
+    return _opened(folder, manifest, chosen, threads, provider)
+
+
+def _opened(
+    folder: Path, manifest: Manifest, chosen: choice.Choice, threads: int | None, provider: Provider | None
+) -> Session:
+    name = chosen.engine
+    found = manifest.engine(name)
+    require(name, found.backend)
+    if why := unfit(found):
+        raise _unfit(manifest, name, why)
     if threads is not None and threads < 1:
         raise OptpassError("threads", f"threads is {threads}", "give 1 or more")
     count = threads or manifests.cores()
-    found = manifest.engines[name]
-    opened = open_engine(name, found.backend, found.precision, folder / found.entry, count)
-    return Session(manifest, name, opened, count)
+    if provider is not None and found.backend != "onnxruntime":
+        raise OptpassError("provider", f"engine {name} is not of onnxruntime", "providers are those of onnxruntime")
+
+    def opening(entry: Engine) -> Opened:
+        if provider is not None:
+            return open_on(name, folder / entry.entry, count, provider)
+        return open_engine(name, entry.backend, entry.precision, folder / entry.entry, count)
+
+    opened = opening(found)
+    if found.stage == STEP:
+        from optpass.runtime.generate import Generator  # which is a session
+
+        prompt = manifest.engines.get(engine_id(found.backend, found.precision, found.role, PREFILL))
+        prefill = opening(prompt) if prompt else None
+        session: Session = Generator(manifest, name, opened, count, prefill, prompt)
+    else:
+        session = Session(manifest, name, opened, count)
+    session.taken = str(getattr(opened, "taken", ""))
+    session.why = "; ".join(filter(None, (chosen.why, session.taken)))
+    return session
+
+
+def _unfit(manifest: Manifest, name: str, why: str) -> OptpassError:
+    """An engine that was named and does not fit: another of the artifact may."""
+    engine = manifest.engines[name]
+    others = [
+        other
+        for other, entry in manifest.engines.items()
+        if (entry.role, entry.stage) == (engine.role, engine.stage) and other != name
+    ]
+    fitting = [other for other in others if not choice.unrun(manifest, [other])]
+    remedy = f"load the engine {fitting[0]}" if fitting else choice.rebuild(manifest, engine)
+    return OptpassError("engine-machine", f"engine {name} {why}", remedy)
 
 
 def describe(info: TensorInfo) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import optpass
 from optpass.errors import OptpassError
 from optpass.runtime import check
 from optpass.runtime.engines import openvino as openvino_engine
+from tests.export.artifacts import edited
 
 TOKENS = np.zeros((2, 9, 32), np.float32)
 
@@ -112,14 +111,6 @@ def test_an_input_that_does_not_fit_is_named_with_what_fits(whole: Path, arrays:
 # The artifact
 
 
-def edited(copied: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    path = copied / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-    return copied
-
-
 def test_every_flipped_byte_is_noticed(copied: Path) -> None:
     files = [path for path in copied.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert len(files) == 8
@@ -164,7 +155,7 @@ def test_a_link_is_refused_even_to_the_same_bytes(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda m: m.update(schema_version=99), r"schema version 99, this optpass .* reads 1; update optpass"),
+        (lambda m: m.update(schema_version=99), r"schema version 99, this optpass .* reads 2; update optpass"),
         (lambda m: m.update(schema_version=0), r"schema version 0.*rebuild"),
         (lambda m: m.pop("schema_version"), r"schema version None"),
         (lambda m: m.update(surprise=1), r"surprise: Extra inputs"),
@@ -172,12 +163,20 @@ def test_a_link_is_refused_even_to_the_same_bytes(copied: Path) -> None:
         (lambda m: m.pop("engines"), r"engines: Field required"),
         (lambda m: m.update(default="nowhere"), r"default engine 'nowhere'"),
         (lambda m: m["files"].pop("onnxruntime-f32/model.onnx"), r"has no hash"),
-        (lambda m: m["engines"]["onnxruntime-f32"].update(backend="os"), r"os is unknown to this optpass; it knows"),
     ],
 )
 def test_a_manifest_that_is_not_right_is_refused(copied: Path, change: Any, sentence: str) -> None:
     with pytest.raises(OptpassError, match=sentence):
         optpass.load(edited(copied, change))
+
+
+def test_an_engine_of_an_unknown_kind_is_left_out_and_refused_by_name(copied: Path) -> None:
+    edited(copied, lambda m: m["engines"]["onnxruntime-f32"].update(backend="os"))
+    session = optpass.load(copied)
+    assert session.name == "openvino-f32"
+    assert "onnxruntime-f32 is of a kind that this optpass does not know, os" in session.why
+    with pytest.raises(OptpassError, match=r"os is unknown to this optpass; it knows"):
+        optpass.load(copied, engine="onnxruntime-f32")
 
 
 def test_a_manifest_that_is_no_json_is_refused(copied: Path) -> None:
@@ -217,7 +216,9 @@ def test_a_cpu_without_bfloat16_is_told_what_to_load(copied: Path, monkeypatch: 
         manifest["engines"]["openvino-f32"]["precision"] = "bf16"
 
     monkeypatch.setattr(openvino_engine, "supports_bf16", lambda: False)
-    with pytest.raises(OptpassError, match=r"no bfloat16 instructions.*load the engine openvino-f32"):
+    with pytest.raises(
+        OptpassError, match=r"computes in bfloat16, for which this CPU has no instr.*load the engine onnxrun"
+    ):
         optpass.load(edited(copied, change), engine="openvino-f32")
 
 

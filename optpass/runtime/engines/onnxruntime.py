@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optpass.runtime.engines.base import Array
+import numpy as np
+
+from optpass.runtime.engines.base import Array, Timed, typical
+from optpass.runtime.manifest import Engine
+from optpass.runtime.providers import Provider, Taken, open_session
 
 LIBRARY = "onnxruntime"
 EXTRA = "cpu"
+NATIVE = False
+
+
+def unfit(engine: Engine) -> str:
+    """Nothing: an ONNX graph runs on any CPU."""
+    return ""
 
 
 class Opened:
@@ -18,13 +32,71 @@ class Opened:
     def __init__(self, session: Any) -> None:
         self.session = session
         self.names = [value.name for value in session.get_inputs()]
+        self.outputs = [value.name for value in session.get_outputs()]
 
-    def run(self, arrays: Sequence[Array]) -> list[Array]:
-        return list(self.session.run(None, dict(zip(self.names, arrays, strict=True))))
+    def run(self, arrays: Sequence[Array], wanted: Sequence[int] | None = None) -> list[Array]:
+        names = None if wanted is None else [self.outputs[number] for number in wanted]
+        return list(self.session.run(names, dict(zip(self.names, arrays, strict=True))))
+
+
+class Bound(Opened):
+    """A session on another device than the CPU, whose inputs and outputs are bound to it for each call."""
+
+    def __init__(self, session: Any, taken: Taken) -> None:
+        super().__init__(session)
+        self.taken = taken
+        self.binding = session.io_binding()
+
+    def run(self, arrays: Sequence[Array], wanted: Sequence[int] | None = None) -> list[Array]:
+        self.binding.clear_binding_inputs()
+        self.binding.clear_binding_outputs()
+        for name, array in zip(self.names, arrays, strict=True):
+            self.binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self.outputs if wanted is None else [self.outputs[number] for number in wanted]:
+            self.binding.bind_output(name)
+        self.session.run_with_iobinding(self.binding)
+        return list(self.binding.copy_outputs_to_cpu())
+
+
+def open_on(path: Path, threads: int, provider: Provider) -> Bound:
+    """Open an ``.onnx`` file on an execution provider.
+
+    Raises:
+        OptpassError: it is not there, or takes fewer of the nodes than asked.
+    """
+    return Bound(*open_session(str(path), _options(threads), provider))
 
 
 def open_engine(path: Path, precision: str, threads: int) -> Opened:
     """Open an ``.onnx`` file with all graph optimizations."""
+    return Opened(_session(path, _options(threads)))
+
+
+def profile(path: Path, precision: str, threads: int, arrays: Sequence[Array], warm_up: int, calls: int) -> list[Timed]:
+    """Time each node of the optimized graph, by the trace that the session leaves in a file."""
+    options = _options(threads)
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory(prefix="optpass-") as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = _session(path, options)
+        opened = Opened(session)
+        for _ in range(warm_up + calls):
+            opened.run(arrays)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    begins = sorted(event["ts"] for event in events if event["name"] == "model_run")[warm_up:]
+    times: list[dict[tuple[str, str], float]] = [defaultdict(float) for _ in begins]
+    for event in events:
+        call = bisect_right(begins, event["ts"]) - 1
+        if event["cat"] == "Node" and event["name"].endswith(KERNEL) and call >= 0:
+            times[call][event["name"].removesuffix(KERNEL), event["args"]["op_name"]] += event["dur"] / 1e3
+    return typical(times)
+
+
+KERNEL = "_kernel_time"
+"""What the name of an event has behind that of its node."""
+
+
+def _options(threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -33,4 +105,10 @@ def open_engine(path: Path, precision: str, threads: int) -> Opened:
     options.log_severity_level = 3
     # Threads that spin between two calls take the cores from whatever runs there, another engine among them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return Opened(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
