@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optpass.api import bench, inspect, optimize, verify
+    from optpass.api import bench, bisect, diff, doctor, inspect, optimize, preview, report, verify
     from optpass.errors import OptpassError
+    from optpass.gating import gate
     from optpass.results import OptimizeResult
     from optpass.runtime.session import Session, load
 
@@ -20,15 +21,36 @@ __version__ = "0.1.0"
 _HOMES = {
     "optimize": "optpass.api",
     "inspect": "optpass.api",
+    "preview": "optpass.api",
     "verify": "optpass.api",
     "bench": "optpass.api",
+    "bisect": "optpass.api",
+    "diff": "optpass.api",
+    "doctor": "optpass.api",
+    "report": "optpass.api",
+    "gate": "optpass.gating",
     "OptimizeResult": "optpass.results",
     "OptpassError": "optpass.errors",
     "Session": "optpass.runtime.session",
     "load": "optpass.runtime.session",
 }
 
-__all__ = ["OptimizeResult", "OptpassError", "Session", "bench", "inspect", "load", "optimize", "verify"]
+__all__ = [
+    "OptimizeResult",
+    "OptpassError",
+    "Session",
+    "bench",
+    "bisect",
+    "diff",
+    "doctor",
+    "gate",
+    "inspect",
+    "load",
+    "optimize",
+    "preview",
+    "report",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

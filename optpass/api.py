@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from numpy.typing import NDArray
-
-from optpass import dump, grammar, manager, measure, metrics
+from optpass import bisection, cost, diagnosis, difference, dump, grammar, manager, measure, presets
+from optpass.budget import Budget, Quality, load_budget
+from optpass.cache import Cache, home
 from optpass.capture import capture
 from optpass.errors import OptpassError
+from optpass.evaluation import Arrays, Evaluation
 from optpass.export import artifact
 from optpass.export.base import backend as find_backend
-from optpass.export.base import backends
+from optpass.export.base import backends, named
 from optpass.manager import OnFail
 from optpass.passes.base import Pass, registry
 from optpass.program import Stage
-from optpass.results import BenchResult, Latency, Metric, OptimizeResult, VerifyResult
+from optpass.results import (
+    ArtifactResult,
+    BenchResult,
+    BisectResult,
+    DiffResult,
+    DoctorResult,
+    EngineInfo,
+    Latency,
+    Metric,
+    OptimizeResult,
+    PreviewResult,
+    ReportResult,
+    VerifyResult,
+)
 from optpass.runtime import check as checks
+from optpass.runtime import choice
 from optpass.runtime import manifest as manifests
-from optpass.runtime.session import Session, load
+from optpass.runtime.engines.base import layers as engine_layers
+from optpass.runtime.providers import Provider
+from optpass.runtime.session import load
 from optpass.structure import Structure, analyse
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""
 
-Arrays = Mapping[str, NDArray[Any]]
+Viewer = Literal["netron", "model-explorer"]
 
 
 def optimize(
@@ -36,6 +54,7 @@ def optimize(
     passes: str | Sequence[Pass] = "",
     *,
     recipe: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
     backend: str | Sequence[str] = "onnxruntime",
     out: str | os.PathLike[str],
     dynamic: Mapping[str, str] | Sequence[str] | None = None,
@@ -46,6 +65,7 @@ def optimize(
     on_fail: OnFail = "stop",
     force: bool = False,
     seconds: float = 2.0,
+    target: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> OptimizeResult:
     """Capture a model, apply verified passes, lower it, check and measure the engines, and write one artifact.
@@ -55,7 +75,9 @@ def optimize(
             ``package.module:factory``, or ``(module, args, kwargs)``.
         passes: such as ``prune(keep=0.5,at=3),merge(r=8)``, or passes made by hand.
         recipe: the same as a TOML file, in place of ``passes``.
-        backend: ``onnxruntime``, ``openvino``, ``openvino:bf16``; several make one artifact with several engines.
+        preset: ``safe``, ``balanced`` or ``fast``, in place of both; what they do depends on the kind of model.
+        backend: ``onnxruntime``, ``openvino``, ``openvino:bf16``, ``inductor``; several make one artifact with several
+            engines.
         out: directory of the artifact.
         dynamic: ``input:axis=[name:]min..max`` each; ``None`` takes what the source declares.
         inputs: example arrays by input name, in place of those of the source.
@@ -66,6 +88,8 @@ def optimize(
         on_fail: ``stop`` where a pass is refused or fails a probe, or ``skip`` it and go on.
         force: replace an artifact that is there.
         seconds: how long to measure the latency of each engine; 0 measures none.
+        target: devices to build for, such as ``sm_89,sm_120``, which need not be here; an engine that cannot run here
+            is built, and neither checked nor measured: it is in ``unrun``.
         progress: called with each step.
 
     Returns:
@@ -74,21 +98,37 @@ def optimize(
     Raises:
         OptpassError: anything the caller can mend.
     """
-    asked = _passes(passes, recipe)
-    engines = _engines(backend)
+    asked = _passes(passes, recipe, preset)
+    engines, devices = _engines(backend), _devices(target)
+    _check_devices(engines, devices)
     artifact.check_target(out, force)
-    evaluation = _Evaluation.of(source, data, metric, samples)
+    evaluation = Evaluation.of(source, data, metric, samples)
     steps = _Steps(progress, 3 + 2 * len(asked) + 6 * len(engines))
     steps.next("capture the model")
     program = capture(source, dynamic=dynamic, inputs=inputs)
     before = program.main
-    evaluation.check(before)
+    evaluation.check(spec.name for spec in before.inputs)
+    chosen = presets.preset(preset, analyse(before).kind) if preset is not None else None
+    promise = chosen.promise if chosen else None
+    asked = list(chosen.passes) if chosen else asked
     outcome = manager.apply(program, asked, on_fail=on_fail, progress=steps.next)
     records = list(outcome.records)
     if not outcome.ok and on_fail == "stop":
-        return OptimizeResult(ok=False, artifact="", source=program.source, passes=records, fidelity=[])
-    with artifact.writer(out, source=program.source, force=force, progress=lambda text, _: steps.next(text)) as new:
-        names = [(new.add(outcome.program.main, *e), new.add(before, *e, role="dense")) for e in engines]
+        return OptimizeResult(
+            ok=False,
+            artifact="",
+            source=program.source,
+            passes=records,
+            fidelity=[],
+            preset=preset or "",
+            promise=promise,
+        )
+    with artifact.writer(
+        out, source=program.source, force=force, target=devices, progress=lambda text, _: steps.next(text)
+    ) as new:
+        mains = [[new.add(stage, *e) for stage in outcome.program.deployed][-1] for e in engines]
+        names = [(main, new.add(before, *e, role="dense")) for main, e in zip(mains, engines, strict=True)]
+        names = [(main, dense) for main, dense in names if new.runs(main) and new.runs(dense)]
         fidelity = new.fidelity()
         faithful = all(entry.ok for entry in fidelity)
         figures: list[Metric] = []
@@ -97,13 +137,23 @@ def optimize(
             for main, dense in names:
                 pair = new.session(dense), new.session(main)
                 steps.next(f"take the metric on {main}")
-                figures += evaluation.run(*pair, new.reference())
+                recorded = new.reference("dense")
+                figures += evaluation.run(*pair, recorded)
                 if seconds > 0:
                     steps.next(f"time {main}")
-                    arrays = new.reference().inputs({})
+                    arrays = recorded.inputs({})
                     latency.append(measure.compare(*pair, arrays, budget=seconds, batch=_batch(before)))
-            recipe_text = grammar.as_recipe(asked)
-            new.finish(passes=records, fidelity=fidelity, metric=figures, latency=latency, recipe=recipe_text)
+            drafts = measure.drafts(new.session(names[0][0]), new.reference("dense").inputs({})) if names else []
+            new.finish(
+                passes=records,
+                layers=cost.layers(analyse(before), analyse(outcome.program.main), records),
+                fidelity=fidelity,
+                metric=figures,
+                latency=latency,
+                accepted=drafts,
+                maps=outcome.maps,
+                recipe=grammar.as_recipe(asked),
+            )
     return OptimizeResult(
         ok=faithful,
         artifact=str(out) if faithful else "",
@@ -112,6 +162,51 @@ def optimize(
         fidelity=fidelity,
         metric=figures,
         latency=latency,
+        unrun=new.unrun(),
+        preset=preset or "",
+        promise=promise,
+    )
+
+
+def preview(
+    source: Any,
+    passes: str | Sequence[Pass] = "",
+    *,
+    recipe: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    backend: str | Sequence[str] = "onnxruntime",
+    dynamic: Mapping[str, str] | Sequence[str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    on_fail: OnFail = "stop",
+    progress: Progress | None = None,
+) -> PreviewResult:
+    """Capture and rewrite a model without verifying, lowering or writing, and count tokens and operations.
+
+    The arguments are those of ``optimize``.
+
+    Raises:
+        OptpassError: as ``optimize``.
+    """
+    asked = _passes(passes, recipe, preset)
+    engines = _engines(backend)
+    steps = _Steps(progress, 3 + len(asked))
+    steps.next("capture the model")
+    program = capture(source, dynamic=dynamic, inputs=inputs)
+    before = analyse(program.main)
+    if preset is not None:
+        asked = list(presets.preset(preset, before.kind).passes)
+    outcome = manager.apply(program, asked, on_fail=on_fail, verify=False, progress=steps.next)
+    steps.next("count operations")
+    after = analyse(outcome.program.main)
+    return PreviewResult(
+        ok=outcome.ok or on_fail == "skip",
+        source=program.source,
+        kind=before.kind,
+        passes=list(outcome.records),
+        layers=cost.layers(before, after, outcome.records),
+        dense_flops=cost.total(before),
+        flops=cost.total(after),
+        engines=[f"{name}-{precision}" for name, precision in engines],
     )
 
 
@@ -141,32 +236,133 @@ def inspect(
     return InspectResult(dump.tree(structure), data, structure)
 
 
+PLACES = ("int32", "int64", "bool")
+
+
+def inspect_artifact(path: str | os.PathLike[str]) -> ArtifactResult:
+    """What engines an artifact has, which of them run here, and which one ``load`` opens.
+
+    Raises:
+        OptpassError: no artifact, or it is damaged.
+    """
+    folder = Path(path)
+    manifest = manifests.read(folder)
+    unfit = {row.engine: row.why for row in choice.unrun(manifest, manifest.engines)}
+    try:
+        chosen = choice.choose(manifest)
+    except OptpassError as error:
+        chosen = choice.Choice("", f"{error.refusal.what}; {error.refusal.remedy}")
+    found = []
+    for name, engine in manifest.engines.items():
+        told, layers = engine_layers(engine, folder / engine.entry)
+        counts = Counter((layer["type"], layer["precision"]) for layer in layers)
+        # what computes sizes and places is most of the layers and least of the work
+        ordered = sorted(counts, key=lambda key: (key[1] in PLACES, -counts[key]))
+        if not layers:
+            told = "in its file"
+            counts = Counter({(op, ""): n for op, n in difference.ops(folder, engine).items()})
+            ordered = [key for key, _ in counts.most_common()]
+        found.append(
+            EngineInfo(
+                engine=name,
+                stage=engine.stage,
+                precision=engine.precision,
+                target=engine.target,
+                version=engine.version,
+                mib=engine.mib(folder),
+                unfit=unfit.get(name, ""),
+                layers=[(*key, counts[key]) for key in ordered],
+                layers_of=told if counts else "",
+            )
+        )
+    return ArtifactResult(
+        artifact=str(folder),
+        source=manifest.source,
+        created=manifest.created,
+        optpass=manifest.optpass,
+        default=manifest.default,
+        opens=chosen.engine,
+        why=chosen.why,
+        engines=found,
+        passes=manifest.passes,
+    )
+
+
+def doctor(
+    source: Any = None,
+    *,
+    backend: str | Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    dynamic: Mapping[str, str] | Sequence[str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> DoctorResult:
+    """What is installed, what can be built and what runs on this machine; of a model, what each backend makes of it.
+
+    Args:
+        source: as in ``optimize``; without one the machine alone is looked at.
+        backend: those to look at, by name; all by default.
+        target: devices to build for, such as ``sm_89,sm_120``.
+        dynamic: as in ``optimize``.
+        inputs: as in ``optimize``.
+
+    Raises:
+        OptpassError: no such backend, or the model cannot be captured.
+    """
+    names = [backend] if isinstance(backend, str) else list(backend)
+    asked = {named(name.partition(":")[0]).name for name in names}
+    looked = [found for name, found in backends().items() if not asked or name in asked]
+    devices = _devices(target)
+    facts, rows = diagnosis.facts(), diagnosis.machine(looked, devices)
+    if source is None:
+        return DoctorResult(ok=True, facts=facts, backends=rows)
+    program = capture(source, dynamic=dynamic, inputs=inputs)
+    made = diagnosis.model(program.main, looked, devices)
+    return DoctorResult(
+        ok=not names or not any(row.refusal for row in made),
+        facts=facts,
+        backends=rows,
+        source=program.source,
+        weights_mib=diagnosis.weights(program.main) / 2**20,
+        model=made,
+    )
+
+
 def verify(
     path: str | os.PathLike[str],
     *,
     data: str | os.PathLike[str] | Arrays | None = None,
     metric: str | None = None,
     samples: int | None = None,
+    backend: str | None = None,
+    provider: str | Provider | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Check an artifact again on this machine: hashes, every engine against its recorded outputs, and the metric.
+
+    Engines that do not run here are named in ``unrun``, and so is machine code unless its ``backend`` is given. With a
+    ``provider`` of ONNX Runtime its engines alone are checked, on it, and ``providers`` tells what it took.
 
     Raises:
         OptpassError: a file is missing or changed, or an engine does not open here.
     """
     folder = Path(path)
     manifest = manifests.read(folder)
-    evaluation = _Evaluation.of(None, data, metric, samples)
+    evaluation = Evaluation.of(None, data, metric, samples)
     twins = measure.pairs(manifest)
     steps = _Steps(progress, len(manifest.engines) + len(twins))
-    result = checks.verify(folder, progress=steps.next)
+    asked = Provider(provider) if isinstance(provider, str) else provider
+    result = checks.verify(folder, backend=backend, provider=asked, progress=steps.next)
+    not_run = [name for name in manifest.engines if name not in {row.engine for row in result.fidelity}]
+    twins = {name: dense for name, dense in twins.items() if name not in not_run and dense not in not_run}
     if not evaluation.data or not result.ok:
         return result
     figures: list[Metric] = []
     for name, dense in twins.items():
         steps.next(f"take the metric on {name}")
         figures += evaluation.run(
-            load(folder, engine=dense), load(folder, engine=name), checks.read(folder, manifest, name)
+            load(folder, engine=dense, provider=asked),
+            load(folder, engine=name, provider=asked),
+            checks.read(folder, manifest, name),
         )
     return result.model_copy(update={"metric": figures})
 
@@ -194,7 +390,7 @@ def bench(
     folder = Path(path)
     manifest = manifests.read(folder)
     chosen = engine or next(iter(measure.pairs(manifest)), "")
-    sizes = None if batch is None else _first_size(manifest, chosen, batch)
+    sizes = None if batch is None else measure.first_size(manifest, chosen, batch)
     steps = _Steps(progress, 100)
     return measure.bench(
         folder,
@@ -203,6 +399,44 @@ def bench(
         budget=seconds,
         progress=lambda what, share: steps.at(what, int(share * 100)),
     )
+
+
+def report(
+    path: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    profile: bool = True,
+    graph: Viewer | None = None,
+    engine: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write one HTML page about an artifact, or its graph for a viewer.
+
+    Args:
+        path: the artifact.
+        out: the file to write; by default the name of the artifact with an ending of its own, beside it.
+        profile: run the engines here with their profilers, to tell where the time goes.
+        graph: write the graph for ``netron`` or ``model-explorer`` in place of the page.
+        engine: of which to write the graph; by default the one that is opened by default, if it is an ONNX graph.
+        force: replace a file that is there and was not written by this function.
+        progress: called with each step.
+
+    Raises:
+        OptpassError: the artifact is damaged, or the file cannot be written.
+    """
+    from optpass.export import graph as graphs
+    from optpass.export import report as reports
+
+    folder, target = Path(path), Path(out) if out is not None else None
+    steps = _Steps(progress, 3)
+    if graph is None:
+        if engine is not None:
+            raise OptpassError("usage", "an engine is named without a graph", "give graph, or leave the engine out")
+        written = reports.report(folder, target, profile=profile, force=force, progress=steps.next)
+    else:
+        written = graphs.export(folder, target, graph, engine, profile=profile, force=force, progress=steps.next)
+    return ReportResult(artifact=str(folder), report=str(written))
 
 
 @dataclass(frozen=True)
@@ -230,6 +464,142 @@ def describe_passes() -> list[PassInfo]:
     return [_describe(kind) for _, kind in sorted(registry().items())]
 
 
+def bisect(
+    source: Any,
+    passes: str | Sequence[Pass] = "",
+    *,
+    recipe: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    backend: str | None = None,
+    dynamic: Mapping[str, str] | Sequence[str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    data: str | os.PathLike[str] | Arrays | None = None,
+    metric: str | None = None,
+    samples: int | None = None,
+    budget: Budget | str | os.PathLike[str] | None = None,
+    max_drop: float | None = None,
+    at_least: float | None = None,
+    seconds: float = 1.0,
+    cache: str | os.PathLike[str] | None = None,
+    cached_latency: bool = False,
+    progress: Progress | None = None,
+) -> BisectResult:
+    """Find the pass and the site that made quality or speed fall, by applying a schedule one site after the other.
+
+    Args:
+        source: an artifact, whose source is captured again with its recorded inputs and whose recipe is taken; or a
+            model, as in ``optimize``.
+        passes: the schedule; in place of the artifact's own where both are there.
+        recipe: the same as a TOML file.
+        preset: as in ``optimize``.
+        backend: one, such as ``openvino:bf16``; by default that of the first engine of the artifact.
+        dynamic: as in ``optimize``; by default what the artifact has.
+        inputs: as in ``optimize``; by default what the artifact recorded.
+        data: as in ``optimize``.
+        metric: as in ``optimize``.
+        samples: as in ``optimize``.
+        budget: a ``budget.toml``, whose first tables for quality and speed-up give what is not given here.
+        max_drop: most that the schedule may lose, in points of 100 for a share such as top1.
+        at_least: least speed-up over the dense engine.
+        seconds: how long to time each step; 0 times none.
+        cache: directory for engines and scores; ``optpass`` in the user's cache by default.
+        cached_latency: take latencies from the cache too.
+        progress: called with each step.
+
+    Returns:
+        ``ok`` is false where a step is to blame.
+
+    Raises:
+        OptpassError: anything the caller can mend; a pass that is refused among it.
+    """
+    asked = _passes(passes, recipe, preset)
+    bounds = budget if isinstance(budget, Budget) or budget is None else load_budget(budget)
+    folder = _artifact(source)
+    if folder is not None:
+        manifest = manifests.read(folder)
+        engine = _engine_to_bisect(manifest, bounds)
+        source, backend = manifest.source, backend or f"{engine.backend}:{engine.precision}"
+        dynamic = engine.declared if dynamic is None else dynamic
+        if inputs is None:
+            inputs = checks.read(folder, manifest, manifests.engine_id(engine.backend, engine.precision)).example
+        if not asked and preset is None and manifest.recipe:
+            kept = [(record.name, record.options) for record in manifest.passes if record.done]
+            known = grammar.read_recipe(manifest.recipe, f"the recipe of {folder}")
+            asked = [made for made in known if (made.name, made.options.model_dump(exclude_none=True)) in kept]
+    if not asked and preset is None:
+        raise OptpassError("usage", "there is no pass to look at", "give --passes, --recipe or --preset")
+    ((name, precision),) = _engines(backend or "onnxruntime")
+    limits = _limits(bounds, max_drop, at_least)
+    if quality := _quality(bounds):
+        data, metric, samples = data or quality.data, metric or quality.metric, samples or quality.samples
+    evaluation = Evaluation.of(source, data, metric, samples)
+    steps = _Steps(progress, 3 + 3 * len(asked))
+    steps.next("capture the model")
+    try:
+        program = capture(source, dynamic=dynamic, inputs=inputs)
+    except OptpassError as error:
+        if folder is None:
+            raise
+        what = f"the source of {folder} cannot be captured again: {error.refusal.what}"
+        raise OptpassError("no-source", what, "bisect the model itself, with the passes of the artifact") from error
+    evaluation.check(spec.name for spec in program.main.inputs)
+    if folder is not None:
+        bisection.check_source(program, folder, manifest, engine)
+    if preset is not None:
+        asked = list(presets.preset(preset, analyse(program.main).kind).passes)
+    return bisection.bisect(
+        program,
+        asked,
+        backend=name,
+        precision=precision,
+        evaluation=evaluation,
+        limits=limits,
+        cache=Cache(Path(cache) if cache is not None else home()),
+        seconds=seconds,
+        cached_latency=cached_latency,
+        progress=steps.next,
+    )
+
+
+def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> DiffResult:
+    """Compare two artifacts: passes, tokens, graphs, figures, and what they were made with and on.
+
+    Raises:
+        OptpassError: one of them is no artifact, or damaged.
+    """
+    return difference.diff(Path(first), Path(second))
+
+
+def _artifact(source: Any) -> Path | None:
+    """The source as the directory of an artifact, if it is one."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    folder = Path(source)
+    return folder if (folder / manifests.NAME).is_file() else None
+
+
+def _engine_to_bisect(manifest: manifests.Manifest, budget: Budget | None) -> manifests.Engine:
+    """The engine that the budget names, or the first that serves."""
+    name = budget.engine if budget and budget.engine else next(iter(measure.pairs(manifest)), manifest.default)
+    return manifest.engine(name)
+
+
+def _limits(budget: Budget | None, max_drop: float | None, at_least: float | None) -> bisection.Limits:
+    """Those of the call, or else of the budget."""
+    quality = _quality(budget)
+    speed = next((t for t in (budget.speedup if budget else []) if t.over == "dense"), None)
+    return bisection.Limits(
+        max_drop=quality.max_drop if max_drop is None and quality else max_drop,
+        at_least=speed.at_least if at_least is None and speed else at_least,
+    )
+
+
+def _quality(budget: Budget | None) -> Quality | None:
+    """The first table of a budget that limits a drop from the dense engine."""
+    tables = budget.quality if budget else []
+    return next((table for table in tables if table.max_drop is not None and table.over == "dense"), None)
+
+
 def _describe(kind: type[Pass]) -> PassInfo:
     import inspect as introspect
     import sys
@@ -252,10 +622,14 @@ def _type_name(annotation: Any) -> str:
     return text.removesuffix("]") if "Literal" in str(annotation) else text
 
 
-def _passes(passes: str | Sequence[Pass], recipe: str | os.PathLike[str] | None) -> list[Pass]:
+def _passes(passes: str | Sequence[Pass], recipe: str | os.PathLike[str] | None, preset: str | None) -> list[Pass]:
+    """What was asked for; nothing yet where a preset waits for the kind of the model."""
+    if sum((bool(passes), recipe is not None, preset is not None)) > 1:
+        raise OptpassError("usage", "passes, a recipe and a preset exclude each other", "give one of them")
+    if preset is not None:
+        presets.check(preset)
+        return []
     if recipe is not None:
-        if passes:
-            raise OptpassError("usage", "passes and a recipe are both given", "give one of them")
         return grammar.load_recipe(Path(recipe))
     if isinstance(passes, str):
         return grammar.parse(passes) if passes.strip() else []
@@ -278,50 +652,6 @@ def _engines(backend: str | Sequence[str]) -> list[tuple[str, str]]:
     return engines
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """What quality is judged by: labelled data and a metric, or agreement with the dense engine."""
-
-    data: Arrays | None
-    metric: str | None
-
-    @classmethod
-    def of(cls, source: Any, data: Any, metric: str | None, samples: int | None) -> _Evaluation:
-        if data is None and isinstance(source, str):
-            from optpass.zoo import registry as zoo
-
-            if source in zoo.names():
-                entry = zoo.load(source)
-                return cls(entry.test_split(samples or 2000), metric or entry.METRIC)
-        if data is None:
-            if metric is not None:
-                raise OptpassError("data", f"metric {metric} is asked for without data", "give --data")
-            return cls(None, None)
-        found = metrics.load_data(data)
-        if metric is not None:
-            metrics.metric(metric)
-        if samples is not None:
-            found = {name: array[:samples] for name, array in found.items()}
-        if metric is None and metrics.LABELS in found:
-            metric = "top1"
-        return cls(found, metric)
-
-    def check(self, stage: Stage) -> None:
-        """Refuse data that lacks an input before any work starts."""
-        missing = [spec.name for spec in stage.inputs if self.data is not None and spec.name not in self.data]
-        if missing:
-            what = f"the data has no array {missing[0]}, an input of the model"
-            raise OptpassError("data", what, f"give arrays {', '.join(spec.name for spec in stage.inputs)}")
-
-    def run(self, dense: Session, optimized: Session, reference: checks.Reference) -> list[Metric]:
-        """Figures of one engine beside its dense twin."""
-        if self.data is None:
-            return metrics.agreement(dense, optimized, metrics.random_inputs(reference), random=True)
-        if self.metric is None:
-            return metrics.agreement(dense, optimized, dict(self.data), random=False)
-        return [metrics.evaluate(self.metric, dense, optimized, dict(self.data))]
-
-
 class _Steps:
     """Counts steps for the caller's progress; more than were planned stretch the plan."""
 
@@ -338,21 +668,23 @@ class _Steps:
             self._progress(what, done, max(self._total, done + 1))
 
 
+def _devices(target: str | Sequence[str]) -> list[str]:
+    """``sm_89,sm_120`` as two devices."""
+    parts = [target] if isinstance(target, str) else target
+    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
+
+
+def _check_devices(engines: Sequence[tuple[str, str]], devices: Sequence[str]) -> None:
+    """Refuse devices that no backend of the call builds for, before any work starts."""
+    known = {name: backends()[name] for name, _ in engines}
+    for found in known.values():
+        found.target(devices)
+    if devices and not any(found.devices for found in known.values()):
+        building = ", ".join(name for name, found in backends().items() if found.devices)
+        what = f"{', '.join(known)} is built for no device by name, and {', '.join(devices)} is asked for"
+        raise OptpassError("usage", what, f"add -b {building}, or leave --target out")
+
+
 def _batch(stage: Stage) -> str:
     first = stage.example[0]
     return str(first.shape[0] if first.dim() else 1)
-
-
-def _first_size(manifest: manifests.Manifest, engine: str, batch: int) -> dict[str, int]:
-    if engine not in manifest.engines:
-        raise OptpassError(
-            "engine-name", f"the artifact has no engine {engine!r}", f"it has {', '.join(manifest.engines)}"
-        )
-    first = manifest.engines[engine].inputs[0].shape[0]
-    if isinstance(first, int):
-        if first == batch:
-            return {}
-        raise OptpassError(
-            "batch", f"the engine is built for batch {first}", "optimize with --dynamic for its first dimension"
-        )
-    return {first: batch}

@@ -17,6 +17,9 @@ from optpass.passes.base import Pass, registry
 
 NAME = re.compile(r"\s*([A-Za-z][\w-]*)\s*")
 KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
+VERSION = 1
+"""Of the form of recipes."""
+
 EXAMPLE = 'such as "prune(keep=0.5,at=3),merge(r=8)"'
 
 
@@ -30,35 +33,52 @@ def parse(text: str) -> list[Pass]:
 
 
 def load_recipe(path: Path) -> list[Pass]:
-    """Passes of a TOML file: ``[[pass]]`` tables with ``name`` and the options.
+    """Passes of a TOML file; see ``read_recipe`` for its form.
 
     Raises:
         OptpassError: the file is missing, no TOML, or of another form.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise OptpassError(
             "missing-file", f"recipe {path} cannot be read: {error.strerror}", "check the path"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise OptpassError("recipe", f"recipe {path} is no TOML: {error}", "mend the file") from error
+    return read_recipe(text, f"recipe {path}")
+
+
+def read_recipe(text: str, name: str) -> list[Pass]:
+    """Passes of a TOML text: ``[[pass]]`` tables with ``name`` and the options, after an optional ``version = 1``.
+
+    Raises:
+        OptpassError: it is no TOML, or of another form; ``name`` says what it is.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OptpassError("recipe", f"{name} is no TOML: {error}", "mend the file") from error
+    version = content.pop("version", VERSION)
+    if type(version) is not int or version != VERSION:
+        what = f"{name} is of version {version!r}, this optpass reads {VERSION}"
+        raise OptpassError("recipe-version", what, "update optpass, or write the recipe anew")
     unknown = sorted(set(content) - {"pass"})
     tables = content.get("pass")
     if unknown or not isinstance(tables, list) or not tables:
-        what = f"recipe {path} has {', '.join(unknown) or 'no [[pass]] table'}"
+        what = f"{name} has {', '.join(unknown) or 'no [[pass]] table'}"
         raise OptpassError("recipe", what, 'write [[pass]] tables with name = "prune" and its options')
     made = []
     for table in tables:
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-            raise OptpassError("recipe", f"a [[pass]] table of {path} has no name", 'add name = "prune"')
+            raise OptpassError("recipe", f"a [[pass]] table of {name} has no name", 'add name = "prune"')
         made.append(make(table["name"], {key: value for key, value in table.items() if key != "name"}))
     return made
 
 
 def as_recipe(passes: Sequence[Pass]) -> str:
     """The passes as the text of a recipe."""
-    lines = []
+    lines = [f"version = {VERSION}", ""] if passes else []
     for made in passes:
         lines += ["[[pass]]", f'name = "{made.name}"']
         lines += [f"{key} = {_toml(value)}" for key, value in made.options.model_dump(exclude_none=True).items()]

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import networkx as nx
 from torch import Tensor
 from torch.fx import Node
 
-from optpass import probes
+from optpass import incremental, probes, stepping
+from optpass.causal import Causal, analyse_causal
 from optpass.errors import OptpassError, Refusal
-from optpass.passes.base import Pass, Site
-from optpass.program import Program, Stage, place_of
+from optpass.follow import follow
+from optpass.passes.base import Pass, Site, Staging
+from optpass.program import Program, Stage, module_path, place_of
 from optpass.results import PassRecord, Probes
 from optpass.rewrite import Build, Refused, Rewritten, Space, Walker
+from optpass.runtime.maps import TokenMaps
 from optpass.structure import Structure, analyse
 
 OnFail = Literal["stop", "skip"]
@@ -35,23 +39,29 @@ class Placed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program: it holds the passes that were kept, the records tell of all that were tried."""
+    """What became of a program: it holds the passes that were kept, the records tell of all that were tried.
+
+    Attributes:
+        maps: where each token of the example went at the sites of the kept passes; None where no pass was kept.
+    """
 
     program: Program
     records: tuple[PassRecord, ...]
+    maps: TokenMaps | None = None
 
     @property
     def ok(self) -> bool:
-        return all(record.status == "kept" for record in self.records)
+        return all(record.done for record in self.records)
 
 
 @dataclass(frozen=True)
 class _State:
-    """The captured graph, the passes laid over it so far, and the stage that came of them."""
+    """The captured graph, the passes laid over it so far, the stage that came of them, and where tokens went in it."""
 
     structure: Structure
     placed: tuple[Placed, ...]
     stage: Stage
+    maps: TokenMaps | None = None
 
 
 def apply(
@@ -59,6 +69,7 @@ def apply(
     passes: Sequence[Pass],
     *,
     on_fail: OnFail = "stop",
+    verify: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Apply passes one by one; each is verified before it is kept.
@@ -70,6 +81,7 @@ def apply(
         program: of one stage.
         passes: in any order; see ``ordered``.
         on_fail: ``stop`` at the first pass that is refused or rolled back, or ``skip`` it and go on.
+        verify: without it a pass is only placed and built, for a preview.
         progress: called with a line before each step.
 
     Raises:
@@ -79,14 +91,23 @@ def apply(
     progress("analyse the graph")
     state = _State(analyse(before), (), before)
     records: list[PassRecord] = []
+    stages: list[Stage] = []
+    staged: Staging | None = None
     for made in ordered(passes):
-        progress(f"apply and verify {made.name}")
-        record, state = _step(made, state)
+        progress(f"apply{' and verify' if verify else ''} {made.name}")
+        if isinstance(made, Staging):
+            record, found = _restage(made, state, staged, verify)
+            if found:
+                staged, stages = made, found
+        else:
+            record, state = _step(made, state, verify)
         records.append(record)
-        if record.status != "kept" and on_fail == "stop":
+        if not record.done and on_fail == "stop":
             break
     dumped = tuple(record.model_dump() for record in records)
-    return Outcome(replace(program, stages={before.name: state.stage}, record=dumped), tuple(records))
+    driver = "generate" if stages else program.driver
+    done = replace(program, stages={s.name: s for s in (state.stage, *stages)}, driver=driver, record=dumped)
+    return Outcome(done, tuple(records), state.maps)
 
 
 def ordered(passes: Sequence[Pass]) -> list[Pass]:
@@ -107,16 +128,22 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
         raise OptpassError("pass-order", f"{cycle} before {names[0]} is a circle", "drop one of them") from error
 
 
-def rewrite(structure: Structure, placed: Sequence[Placed], tap: bool = False) -> Rewritten:
-    """The captured graph with the maps of all passes; ``tap`` appends what defines them to the outputs."""
-    return _walk(structure, placed, lambda made, site, number: lambda b: made.build(site, b), tap)
+def rewrite(structure: Structure, placed: Sequence[Placed], tap: bool = False, reads: Sequence[Node] = ()) -> Rewritten:
+    """The captured graph with the maps of all passes; ``tap`` appends what defines them to the outputs.
+
+    ``reads`` are appended too; see ``Walker.run``.
+    """
+    return _walk(structure, placed, lambda made, site, number: lambda b: made.build(site, b), tap, reads)
 
 
 def _walk(
-    structure: Structure, placed: Sequence[Placed], builder: Callable[[Pass, Site, int], Build], tap: bool = False
+    structure: Structure,
+    placed: Sequence[Placed],
+    builder: Callable[[Pass, Site, int], Build],
+    tap: bool = False,
+    reads: Sequence[Node] = (),
 ) -> Rewritten:
-    order = {node: i for i, node in enumerate(structure.module.graph.nodes)}
-    found = sorted(((s, p.made) for p in placed for s in p.sites), key=lambda pair: order[pair[0].node])
+    found = _along_the_stream(structure, placed)
     builds: dict[Node, list[tuple[str, Build]]] = defaultdict(list)
     for number, (site, made) in enumerate(found):
         builds[site.node].append((made.name, builder(made, site, number)))
@@ -128,10 +155,23 @@ def _walk(
         first.space.suffix,
         frozenset(first.tower.streams),
     )
-    return Walker(structure.module, builds, space).run(tap)
+    return Walker(structure.module, builds, space, reads).run(tap)
 
 
-def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
+def _along_the_stream(structure: Structure, placed: Sequence[Placed]) -> list[tuple[Site, Pass]]:
+    """The sites of all passes in the order in which the tokens meet them, which is that of the maps."""
+    order = {node: i for i, node in enumerate(structure.module.graph.nodes)}
+    return sorted(((s, p.made) for p in placed for s in p.sites), key=lambda pair: order[pair[0].node])
+
+
+def _followed(state: _State, placed: Sequence[Placed], rewritten: Rewritten, taps: Sequence[Tensor]) -> TokenMaps:
+    sites = _along_the_stream(state.structure, placed)
+    space = sites[0][0].space
+    named = [(site.block.path, made.name) for site, made in sites]
+    return TokenMaps(space.prefix, space.suffix, space.grid, follow(rewritten, taps, named))
+
+
+def _step(made: Pass, state: _State, verify: bool) -> tuple[PassRecord, _State]:
     record = PassRecord(name=made.name, options=made.options.model_dump(exclude_none=True), status="refused")
     sites = made.sites(state.structure)
     if isinstance(sites, Refusal):
@@ -142,8 +182,9 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
         return record.model_copy(update={"reason": str(refusal)}), state
     placed = (*state.placed, Placed(made, tuple(sites)))
     try:
-        rewritten = rewrite(state.structure, placed, tap=True)
-        found, outputs, failure = _probe(state, placed, rewritten)
+        rewritten = rewrite(state.structure, placed, tap=verify)
+        found, outputs, taps, failure = _probe(state, placed, rewritten) if verify else (Probes(), (), (), "")
+        maps = _followed(state, placed, rewritten, taps) if verify else None
         if not failure:
             stage = state.structure.stage.retraced(rewritten.untap())
     except Refused as refused:
@@ -158,6 +199,8 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
             "restored": sorted({f"{place_of(node)}: {why}" for node, why in rewritten.restored}),
         }
     )
+    if not verify:
+        return record.model_copy(update={"status": "placed"}), replace(state, placed=placed, stage=stage)
     if not failure:
         gap = probes.difference(stage.results, outputs)
         if gap > probes.tolerance(outputs):
@@ -170,7 +213,59 @@ def _step(made: Pass, state: _State) -> tuple[PassRecord, _State]:
             failure = f"at the smallest sizes the outputs changed by {short:.1e} when the graph was traced again"
     if failure:
         return record.model_copy(update={"status": "rolled_back", "reason": failure}), state
-    return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage)
+    return record.model_copy(update={"status": "kept"}), replace(state, placed=placed, stage=stage, maps=maps)
+
+
+def _restage(made: Staging, state: _State, before: Staging | None, verify: bool) -> tuple[PassRecord, list[Stage]]:
+    """The stages that a pass makes, ``step`` as the last; none where it is refused, or found wrong."""
+    record = PassRecord(name=made.name, options=made.options.model_dump(exclude_none=True), status="refused")
+    if made.needs and (before is None or before.name != made.needs):
+        what = f"{made.name} needs {made.needs} before it"
+        refusal = Refusal("pass-missing", what, f"ask for {made.needs},{made.name}")
+        return record.model_copy(update={"reason": str(refusal)}), []
+    causal = analyse_causal(state.structure.stage)
+    if isinstance(causal, Refusal):
+        return record.model_copy(update={"reason": str(causal)}), []
+    record = record.model_copy(update={"sites": [module_path(cached.node) for cached in causal.attentions]})
+    try:
+        placed = _placed_again(state.placed, causal)
+        prefill = None
+        if placed:
+            reads = [node for _, pair in stepping.kept(causal) for node in pair]
+            rewritten = rewrite(causal.structure, placed, reads=reads)
+            causal = stepping.grouped(causal, rewritten.levels[::2])
+            prefill = stepping.prefill(causal, rewritten)
+        stage = made.step(causal)
+        stages = [prefill, stage] if prefill else [stage]
+        if not verify:
+            return record.model_copy(update={"status": "placed"}), stages
+        gap = incremental.incremental(causal, stage)
+        if made.tree:
+            gap = max(gap, incremental.tree(causal, stage))
+        if prefill:
+            lay = partial(_walk, causal.structure, placed)
+            gap = max(gap, incremental.pruned(causal, stage, prefill, lay))
+    except Refused as refused:
+        return record.model_copy(update={"reason": str(refused.refusal)}), []
+    except Exception as error:  # noqa: BLE001  a graph that cannot be built or run, whatever the reason, is no result
+        return record.model_copy(update=_unbuilt(made, error)), []
+    record = record.model_copy(update={"probes": Probes(incremental=gap)})
+    limit = probes.tolerance(causal.stage.results)
+    if not gap <= limit:
+        reason = f"a text in pieces differs from the whole by {gap:.1e}, more than {limit:.1e}"
+        return record.model_copy(update={"status": "rolled_back", "reason": reason}), []
+    return record.model_copy(update={"status": "kept"}), stages
+
+
+def _placed_again(placed: Sequence[Placed], causal: Causal) -> list[Placed]:
+    """The passes at their sites in the graph of a stage that takes ids alone."""
+    found = []
+    for one in placed:
+        sites = one.made.sites(causal.structure)
+        if isinstance(sites, Refusal):
+            raise Refused(sites)
+        found.append(Placed(one.made, tuple(sites)))
+    return found
 
 
 def _at_smallest(made: Pass, stage: Stage, rewritten: Rewritten) -> Refusal | float:
@@ -192,8 +287,10 @@ def _at_smallest(made: Pass, stage: Stage, rewritten: Rewritten) -> Refusal | fl
     return Refusal("too-short", f"{made.name} does not run at the smallest sizes", "declare a range that starts higher")
 
 
-def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tuple[Probes, tuple[Tensor, ...], str]:
-    """The three probes, the outputs at the real setting, and the first failure in words."""
+def _probe(
+    state: _State, placed: Sequence[Placed], rewritten: Rewritten
+) -> tuple[Probes, tuple[Tensor, ...], tuple[Tensor, ...], str]:
+    """The three probes, the outputs and taps at the real setting, and the first failure in words."""
     structure, example = state.structure, state.structure.stage.example
     dense = structure.stage.results
     last = placed[-1]
@@ -220,9 +317,10 @@ def _probe(state: _State, placed: Sequence[Placed], rewritten: Rewritten) -> tup
             return (
                 Probes(**found),
                 outputs,
+                taps,
                 f"the {name} probe found a difference of {value:.1e}, more than {limit:.1e}",
             )
-    return Probes(**found), outputs, ""
+    return Probes(**found), outputs, taps, ""
 
 
 def _unbuilt(made: Pass, error: Exception) -> dict[str, str]:

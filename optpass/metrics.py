@@ -163,6 +163,7 @@ class Measure:
         final: from the weighted mean to the figure.
         share: whether values are 0 or 1.
         labelled: whether it needs labels.
+        lower: whether lower is better.
     """
 
     score: Callable[[Array, Data], tuple[Array, Array]]
@@ -170,6 +171,7 @@ class Measure:
     final: Callable[[Array], Array] = lambda mean: mean
     share: bool = False
     labelled: bool = True
+    lower: bool = False
 
 
 def _top1(output: Array, batch: Data) -> tuple[Array, Array]:
@@ -233,9 +235,11 @@ def _log_softmax(logits: Array) -> Array:
 
 METRICS: dict[str, Measure] = {
     "top1": Measure(_top1, "share of samples whose highest output is the label", share=True),
-    "perplexity": Measure(_token_loss, "perplexity per token, lower is better", np.exp, labelled=False),
-    "cross-entropy": Measure(_token_loss, "cross-entropy per token in nats, lower is better", labelled=False),
-    "mse": Measure(_mse, "mean squared difference from the labels, lower is better"),
+    "perplexity": Measure(_token_loss, "perplexity per token, lower is better", np.exp, labelled=False, lower=True),
+    "cross-entropy": Measure(
+        _token_loss, "cross-entropy per token in nats, lower is better", labelled=False, lower=True
+    ),
+    "mse": Measure(_mse, "mean squared difference from the labels, lower is better", lower=True),
     "cosine": Measure(_cosine, "cosine of output and label"),
 }
 """By name; a new one is a row."""
@@ -252,6 +256,30 @@ def metric(name: str) -> Measure:
         hint = f"did you mean {near[0]}?" if near else f"metrics are {', '.join(METRICS)}"
         raise OptpassError("unknown-metric", f"there is no metric {name!r}", hint)
     return METRICS[name]
+
+
+AGREEMENT = ("top1-agreement", "kl-divergence", "cosine-agreement")
+"""What ``agreement`` gives, with data or without."""
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a rise of a metric is a loss."""
+    return name == "kl-divergence" or (name in METRICS and METRICS[name].lower)
+
+
+def scale(name: str) -> float:
+    """100 for a share of samples, which people state in points of 100; 1 for all else."""
+    return 100.0 if name == "top1-agreement" or (name in METRICS and METRICS[name].share) else 1.0
+
+
+def loss(found: Metric) -> Interval:
+    """What was lost from the dense engine to the other: positive where worse, in points of 100 for a share."""
+    low, value, high = (scale(found.name) * x for x in (found.drop.low, found.drop.value, found.drop.high))
+    return (
+        Interval(value=-value, low=-high, high=-low)
+        if lower_is_better(found.name)
+        else Interval(value=value, low=low, high=high)
+    )
 
 
 def evaluate(
@@ -275,22 +303,49 @@ def evaluate(
         batch: samples in a call; by default as many as fit.
         progress: called with the share that is done.
     """
+    halves: list[Scores] = []
+    for session in (dense, optimized):
+        done = len(halves) / 2
+        tell = (lambda share, done=done: progress(done + share / 2)) if progress else None
+        halves.append(scores(name, session, data, output=output, batch=batch, progress=tell))
+    return paired(name, optimized.name, *halves)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A metric on one engine: a value and a weight of each sample."""
+
+    values: Array
+    weights: Array
+
+
+def scores(
+    name: str,
+    session: Session,
+    data: Data,
+    *,
+    output: str | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Take a metric on one engine; arguments as those of ``evaluate``."""
     measure = metric(name)
     if measure.labelled and LABELS not in data:
         raise OptpassError("data", f"{name} needs labels, the data has {', '.join(data)}", f"add an array {LABELS}")
-    which = _output(dense, output)
-    scores: list[list[Array]] = [[], []]
-    weights: list[Array] = []
-    for share, part, inputs, count in batches(dense, data, batch):
-        found = []
-        for side, session in enumerate((dense, optimized)):
-            values, weight = measure.score(session.run(**inputs)[which][:count], part)
-            scores[side].append(values)
-            found.append(weight)
-        weights.append(found[0])
+    which = _output(session, output)
+    found: list[tuple[Array, Array]] = []
+    for share, part, inputs, count in batches(session, data, batch):
+        found.append(measure.score(session.run(**inputs)[which][:count], part))
         if progress:
             progress(share)
-    a, b, w = np.concatenate(scores[0]), np.concatenate(scores[1]), np.concatenate(weights)
+    values, weights = (np.concatenate(column) for column in zip(*found, strict=True))
+    return Scores(values, weights)
+
+
+def paired(name: str, engine: str, dense: Scores, optimized: Scores) -> Metric:
+    """What two engines scored on the same samples, as figures with intervals; ``engine`` names the optimized one."""
+    measure = metric(name)
+    a, b, w = dense.values, optimized.values, dense.weights
     if not w.sum():
         raise OptpassError("data", f"no label counts for {name}", f"label {IGNORED} means that a token does not count")
     # A sample without a token that counts is none: a resample of such alone would have no mean.
@@ -299,9 +354,7 @@ def evaluate(
     sides = [_interval(x, w, measure, kind) for x in (a, b)]
     drop = bootstrap(np.stack([a, b], 1), w, lambda mean: measure.final(mean[:, 0]) - measure.final(mean[:, 1]))
     label = f"{measure.label}; {kind} intervals, bootstrap for the drop, over {len(w)} samples"
-    return Metric(
-        engine=optimized.name, name=name, samples=len(w), dense=sides[0], optimized=sides[1], drop=drop, label=label
-    )
+    return Metric(engine=engine, name=name, samples=len(w), dense=sides[0], optimized=sides[1], drop=drop, label=label)
 
 
 def _interval(values: Array, weights: Array, measure: Measure, kind: str) -> Interval:

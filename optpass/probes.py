@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from optpass.follow import places, tapped, then
 from optpass.rewrite import Build, Builder, Rewritten
 from optpass.tokens import Averaged, Gather, Masked, TokenMap
 
@@ -68,48 +69,30 @@ def permutation(seed: int) -> Build:
 
 def references(rewritten: Rewritten, taps: Sequence[Tensor]) -> list[Build] | None:
     """What the equivalence probe puts in the place of each map, in the space before all; None where it has none."""
-    values: dict[tuple[int, str], Tensor] = {}
-    for name, tensor in zip(rewritten.tapped, taps, strict=True):
-        place, attribute = name.split(".")
-        values[int(place), attribute] = tensor
     builds: list[Build] = []
     alive: Tensor | None = None  # [batch, root tokens], the current token that each root token is part of, or -1
     leader: Tensor | None = None  # [batch, tokens now], the root token that each current token stands on
-    for number, token_map in enumerate(rewritten.maps):
-        index, group = values.get((number, "index")), values.get((number, "group"))
-        if index is None or not token_map.proportional:
+    for number, (token_map, values) in enumerate(zip(rewritten.maps, tapped(rewritten, taps), strict=True)):
+        place = places(token_map, values)
+        if place is None or not token_map.proportional:
             return None
-        source = _source(token_map, group)
         if alive is None or leader is None:
-            alive = torch.arange(source).expand(len(index), -1).clone()
+            alive = torch.arange(place.shape[1]).expand(len(place), -1).clone()
             leader = alive.clone()
-        leader = leader.gather(1, index)
+        leader = leader.gather(1, values["index"])
+        alive = then(alive, place)
         if isinstance(token_map, Gather):
-            places = torch.full((len(index), source), -1).scatter(
-                1, index, torch.arange(index.shape[1]).expand_as(index)
-            )
-            alive = torch.where(alive >= 0, places.gather(1, alive.clamp(0)), -1)
-            builds.append(_constant(Masked, number, kept=alive >= 0))
-        elif group is not None:
-            alive = torch.where(alive >= 0, group.gather(1, alive.clamp(0)), -1)
+            builds.append(constant(Masked, number, kept=alive >= 0))
+        else:
             own = -1 - torch.arange(alive.shape[1]).expand_as(alive)
             stands = torch.where(alive >= 0, leader.gather(1, alive.clamp(0)), torch.arange(alive.shape[1]))
-            builds.append(_constant(Averaged, number, group=torch.where(alive >= 0, alive, own), index=stands))
-        else:
-            return None
+            builds.append(constant(Averaged, number, group=torch.where(alive >= 0, alive, own), index=stands))
     return builds
 
 
-def _source(token_map: TokenMap, group: Tensor | None) -> int:
-    if group is not None:
-        return group.shape[1]
-    if isinstance(token_map.source, int):
-        return token_map.source
-    # dynamic: its size in the example, which no index tells where the last tokens are dropped
-    return int(token_map.source.value.node.hint)
+def constant(kind: type[TokenMap], number: int, **tensors: Tensor) -> Build:
+    """A map of given tensors, ``[batch, tokens]`` of the space before all maps; ``number`` tells it from others."""
 
-
-def _constant(kind: type[TokenMap], number: int, **tensors: Tensor) -> Build:
     def build(b: Builder) -> TokenMap:
         shape = b.stream.shape[:2]
         fields: dict[str, Any] = {

@@ -119,9 +119,14 @@ class Program:
 
     @property
     def main(self) -> Stage:
-        """The stage of a program that has one."""
-        (stage,) = self.stages.values()
-        return stage
+        """The stage that computes the model as it was captured."""
+        return self.stages["main"]
+
+    @property
+    def deployed(self) -> list[Stage]:
+        """The stages that the driver runs: ``main``, or those that were made of it, the one it runs most at the end."""
+        made = [stage for name, stage in self.stages.items() if name != "main"]
+        return made or [self.main]
 
 
 def trace(

@@ -102,12 +102,14 @@ class Rewritten:
         maps: the maps in order, their values being nodes of ``module``.
         restored: nodes of the old graph that need the old space, and why.
         tapped: names of the appended outputs, ``<number of the map>.<attribute>``.
+        levels: behind how many maps each of the nodes is that were asked for.
     """
 
     module: GraphModule
     maps: list[TokenMap]
     restored: list[tuple[Node, str]]
     tapped: list[str]
+    levels: list[int]
 
     def untap(self) -> GraphModule:
         """The module freed of the outputs of the maps, and of what serves them alone; cheaper than a second walk."""
@@ -124,9 +126,16 @@ class Rewritten:
 class Walker:
     """Rewrites one module for one chain of sites."""
 
-    def __init__(self, module: GraphModule, sites: Mapping[Node, Sequence[tuple[str, Build]]], space: Space) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        sites: Mapping[Node, Sequence[tuple[str, Build]]],
+        space: Space,
+        reads: Sequence[Node] = (),
+    ) -> None:
         self.old = module
         self.sites = sites
+        self.reads = reads
         self.space = space
         self.maker = ""
         self.graph = Graph()
@@ -149,7 +158,11 @@ class Walker:
     # the walk
 
     def run(self, tap: bool = False) -> Rewritten:
-        """Emit the whole graph; ``tap`` appends the tensors of each map to the outputs."""
+        """Emit the whole graph.
+
+        Behind its outputs come the ``reads``, each in the token space that it is in, and the tokens of the old space
+        that each of these spaces holds, int64 ``[batch, tokens]``; ``tap`` appends the tensors of each map.
+        """
         from optpass.rules import rule_for  # the rules are written in terms of the walker
 
         for node in self.old.graph.nodes:
@@ -194,12 +207,23 @@ class Walker:
             if self._is_tracked(result):
                 self.restores.append((result, "a per-token output of the model"))
             results.append(self.restored(result, "the model returns it per token").node)
+        read = [self.env[wanted] for wanted in self.reads]
+        levels = [value.level for value in read if isinstance(value, Tracked)]
+        results += [value.proxy.node for value in read if isinstance(value, Tracked)]
+        results += [self._places(level).node for level in range(max(levels, default=-1) + 1)]
         maps = [level.map for level in self.levels]
         taps = [(f"{i}.{name}", value) for i, m in enumerate(maps) for name, value in _tensors(m)] if tap else []
         self.graph.output(tuple(results) + tuple(value.node for _, value in taps))
         self.graph.eliminate_dead_code()
         module = GraphModule(self._attributes(), self.graph)
-        return Rewritten(module, maps, self.restores, [name for name, _ in taps])
+        return Rewritten(module, maps, self.restores, [name for name, _ in taps], levels)
+
+    def _places(self, level: int) -> Traced:
+        """The tokens of the old space that are there after ``level`` maps, ``[batch, tokens]``."""
+        x = self.emit.call(torch.arange, self.root_count).unsqueeze(0).expand(self.batch, -1)
+        for entry in self.levels[:level]:
+            x = entry.map.pick(x)
+        return x  # type: ignore[no-any-return]
 
     def _attributes(self) -> dict[str, Any]:
         """What the new graph reads by name: attributes of the old module, and constants of the pass."""
@@ -683,8 +707,8 @@ def _signature(group: Group) -> Any:
     )
 
 
-TAPPED = ("index", "group")
-"""What the references of the probes need to know of a map."""
+TAPPED = ("index", "group", "weight")
+"""What tells where the tokens of a map go."""
 
 
 def _tensors(token_map: TokenMap) -> list[tuple[str, Value]]:

@@ -138,7 +138,7 @@ class Tower:
     def work(self) -> float:
         """A number that grows with the cost of the tower: tokens times the square of the width, over the blocks."""
         width = int(self.blocks[0].entry.meta["val"].shape[-1])
-        return len(self.blocks) * float(_hint(self.space.size)) * width * width
+        return len(self.blocks) * float(hint(self.space.size)) * width * width
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class _Analysis:
         self.graph = nx.DiGraph()
         self.graph.add_nodes_from(self.nodes)
         self.graph.add_edges_from((source, node) for node in self.nodes for source in node.all_input_nodes)
-        self.paths = {node: _call_path(node) for node in self.nodes}
+        self.paths = {node: call_path(node) for node in self.nodes}
 
     def run(self) -> Structure:
         found: list[tuple[Attention, tuple[Node, ...]]] = []
@@ -216,12 +216,7 @@ class _Analysis:
 
     @cached_property
     def _valued(self) -> set[Node]:
-        """Nodes that depend on the values of an input, not on its sizes alone."""
-        found = {node for node in self.nodes if node.op == "placeholder"}
-        for node in self.nodes:
-            if not op_name(node).startswith("sym_size") and any(source in found for source in node.all_input_nodes):
-                found.add(node)
-        return found
+        return valued(self.module)
 
     def _attention(self, node: Node) -> Attention:
         query, key, value = (arg for arg in node.args[:3])
@@ -347,7 +342,7 @@ class _Analysis:
             if len(seen) > 400:
                 break
         # an attention may feed two streams at once (text and image): the one with more tokens is pruned
-        return max(found[:2], key=lambda pair: _hint(_numel(pair[0])), default=None)
+        return max(found[:2], key=lambda pair: hint(_numel(pair[0])), default=None)
 
     def _depends(self, node: Node, source: Node) -> bool:
         """Whether ``node`` is computed from ``source``; only what lies between them is visited."""
@@ -467,9 +462,9 @@ class _Analysis:
 
     def _axes(self, block: Block) -> tuple[int, int]:
         """Token and batch dimension of the stream: queries have its tokens as rows, and its batch in front."""
-        shape = [_hint(size) for size in block.entry.meta["val"].shape]
+        shape = [hint(size) for size in block.entry.meta["val"].shape]
         attention = block.attention or block.attentions[0]
-        lead, rows = _hint(attention.query.meta["val"].shape[0]), _hint(attention.query.meta["val"].shape[-2])
+        lead, rows = hint(attention.query.meta["val"].shape[0]), hint(attention.query.meta["val"].shape[-2])
         first = [rows == shape[0] and lead % shape[1] == 0, rows == shape[1] and lead % shape[0] == 0]
         if first[0] != first[1]:
             return (0, 1) if first[0] else (1, 0)
@@ -544,19 +539,29 @@ class _Analysis:
             shape = node.meta["val"].shape
             if len(shape) != 3 or not isinstance(mask, Node) or not same(shape[1], size):
                 continue
-            count = _hint(_numel(source)) // (_hint(shape[0]) * _hint(shape[2]))  # type: ignore[arg-type]
-            flags = _evaluate(self.stage, self.module, [mask])[mask]
-            first = int(flags.expand(*(_hint(size) for size in shape))[0, :, 0].float().argmax())
+            count = hint(_numel(source)) // (hint(shape[0]) * hint(shape[2]))  # type: ignore[arg-type]
+            flags = evaluate(self.module, self.stage.example, [mask])[mask]
+            first = int(flags.expand(*(hint(size) for size in shape))[0, :, 0].float().argmax())
             return {"image": mask}, {"image": (first, count)}
         return {}, {}
+
+
+def valued(module: GraphModule) -> set[Node]:
+    """Nodes that depend on the values of an input, not on its sizes alone."""
+    found: set[Node] = set()
+    for node in module.graph.nodes:
+        above = not op_name(node).startswith("sym_size") and any(source in found for source in node.all_input_nodes)
+        if node.op == "placeholder" or above:
+            found.add(node)
+    return found
 
 
 def _with_causality(
     stage: Stage, module: GraphModule, found: Sequence[tuple[Attention, tuple[Node, ...]]]
 ) -> list[Attention]:
     """Attentions of which one mask lets no token see a later one are causal, however the model wrote it."""
-    wanted = {mask for a, masks in found for mask in masks if _hint(a.query.meta["val"].shape[-2]) > 1}
-    hidden = {mask: _is_causal(value) for mask, value in _evaluate(stage, module, list(wanted)).items()}
+    wanted = {mask for a, masks in found for mask in masks if hint(a.query.meta["val"].shape[-2]) > 1}
+    hidden = {mask: _is_causal(value) for mask, value in evaluate(module, stage.example, list(wanted)).items()}
     return [replace(a, causal=a.causal or any(hidden.get(mask, False) for mask in masks)) for a, masks in found]
 
 
@@ -569,8 +574,8 @@ def _is_causal(mask: Tensor) -> bool:
     return not bool((open_ & above).any())
 
 
-def _evaluate(stage: Stage, module: GraphModule, wanted: Sequence[Node]) -> dict[Node, Tensor]:
-    """Values of some nodes on the example inputs; only what they depend on is run."""
+def evaluate(module: GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Node]) -> dict[Node, Tensor]:
+    """Values of some nodes on given inputs; only what they depend on is run."""
     if not wanted:
         return {}
     needed: set[Node] = set()
@@ -594,7 +599,7 @@ def _evaluate(stage: Stage, module: GraphModule, wanted: Sequence[Node]) -> dict
             return result
 
     with torch.no_grad():
-        Partial(module).run(*stage.example)
+        Partial(module).run(*inputs)
     return found
 
 
@@ -635,14 +640,14 @@ def _numel(node: Node) -> Any:
     return reduce(operator.mul, node.meta["val"].shape, 1)
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
     """A size as a number: of a dynamic one the size in the example; 1 where it depends on data."""
     if isinstance(size, int):
         return size
     return 1 if size.node.hint is None else int(size.node.hint)
 
 
-def _call_path(node: Node) -> str:
+def call_path(node: Node) -> str:
     """The module path of a node, with the number of the call behind each module that is called again."""
     path = module_path(node)
     for key, (outer, _) in reversed((node.meta.get("nn_module_stack") or {}).items()):
@@ -687,4 +692,4 @@ def _cut(bound: Any, size: Any) -> tuple[int, int]:
     return bound, 0
 
 
-__all__ = ["Attention", "Block", "Structure", "TokenSpace", "Tower", "analyse"]
+__all__ = ["Attention", "Block", "Structure", "TokenSpace", "Tower", "analyse", "evaluate", "valued"]

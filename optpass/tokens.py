@@ -8,7 +8,7 @@ layouts into that form. No map uses a scatter: selection is a gather, averaging 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -250,14 +250,13 @@ class Merge(TokenMap):
         return torch.matmul(joins, take(sizes, self.moved).unsqueeze(-1)).squeeze(-1) + take(sizes, self.index)
 
     def cut(self, left: int, right: int) -> Merge:
-        index = self.index[:, left : self.target - right] - left
-        return Merge(
-            self.source - left - right,
-            self.target - left - right,
-            index,
-            self.moved - left,
-            self.slot - left,
-            self.weighs,
+        return replace(
+            self,
+            source=self.source - left - right,
+            target=self.target - left - right,
+            index=self.index[:, left : self.target - right] - left,
+            moved=self.moved - left,
+            slot=self.slot - left,
         )
 
 

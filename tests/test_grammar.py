@@ -76,3 +76,17 @@ def test_a_recipe_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(OptpassError, match="recipe"):
         grammar.load_recipe(path)
+
+
+def test_a_recipe_says_its_version_and_another_one_is_refused(tmp_path: Path) -> None:
+    made = grammar.parse("merge(r=8)")
+    text = grammar.as_recipe(made)
+    assert text.startswith("version = 1\n")
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.replace("version = 1\n", ""))
+    assert [p.options for p in grammar.load_recipe(path)] == [p.options for p in made]
+    for version in ("2", '"1"', "true"):
+        path.write_text(text.replace("version = 1", f"version = {version}"))
+        with pytest.raises(OptpassError, match="recipe-version") as caught:
+            grammar.load_recipe(path)
+        assert caught.value.exit_code == 2

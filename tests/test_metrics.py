@@ -11,6 +11,7 @@ import pytest
 
 from optpass import metrics
 from optpass.errors import OptpassError
+from optpass.results import Interval, Metric
 from optpass.runtime.check import Reference
 from optpass.runtime.manifest import Bounds, TensorInfo
 from optpass.runtime.session import Session
@@ -100,7 +101,7 @@ def test_batches_fit_the_engine_and_padding_does_not_count(shape: Any, batch: An
     result = metrics.evaluate("top1", both, both, {"x": ROWS, "labels": LABELS})
     assert result.samples == 100
     assert result.dense.value == 1
-    assert cast(Any, both).calls[::2] == calls
+    assert cast(Any, both).calls == [*calls, *calls]
 
 
 def test_without_labels_there_is_agreement_and_it_claims_nothing() -> None:
@@ -227,3 +228,19 @@ def test_a_function_that_gives_no_data_is_refused(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(OptpassError, match=sentence):
         metrics.load_data(spec)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("top1", (1, 2, 3)), ("cosine", (0.01, 0.02, 0.03))])
+def test_a_loss_is_positive_where_less_is_worse(name: str, expected: tuple[float, ...]) -> None:
+    assert _lost(name) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "mse", "kl-divergence"])
+def test_a_loss_is_positive_where_more_is_worse(name: str) -> None:
+    assert _lost(name) == pytest.approx((-0.03, -0.02, -0.01))
+
+
+def _lost(name: str) -> tuple[float, ...]:
+    one, drop = Interval(value=1, low=1, high=1), Interval(value=0.02, low=0.01, high=0.03)
+    found = metrics.loss(Metric(engine="e", name=name, samples=9, dense=one, optimized=one, drop=drop, label=""))
+    return found.low, found.value, found.high

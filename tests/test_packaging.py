@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("passes", "kernels", "export", "cli", "zoo")
-DATA = (".py", ".typed", ".json", ".safetensors", ".md")
+DATA = (".py", ".typed", ".json", ".toml", ".safetensors", ".md")
 
 
 def python(*args: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,72 @@
+"""On what quality is judged, resolved once: by optimize, verify, gate and bisect alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from optpass import metrics
+from optpass.errors import OptpassError
+from optpass.results import Metric
+from optpass.runtime.check import Reference
+from optpass.runtime.session import Session
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What quality is judged by: labelled data and a metric, or agreement with the dense engine.
+
+    Attributes:
+        data: arrays by name, one row per sample; None where there are none.
+        metric: one of ``metrics.METRICS``; None where there are no labels.
+    """
+
+    data: Arrays | None
+    metric: str | None
+
+    @classmethod
+    def of(cls, source: Any, data: Any, metric: str | None, samples: int | None) -> Evaluation:
+        """From what the user gave; a zoo model brings its own data and metric.
+
+        Raises:
+            OptpassError: a metric without data, or data that cannot be read.
+        """
+        if data is None and isinstance(source, str):
+            from optpass.zoo import registry as zoo
+
+            if source in zoo.names():
+                entry = zoo.load(source)
+                return cls(entry.test_split(samples), metric or entry.METRIC)
+        if data is None:
+            if metric is not None:
+                raise OptpassError("data", f"metric {metric} is asked for without data", "give --data")
+            return cls(None, None)
+        found = metrics.load_data(data)
+        if metric is not None:
+            metrics.metric(metric)
+        if samples is not None:
+            found = {name: array[:samples] for name, array in found.items()}
+        if metric is None and metrics.LABELS in found:
+            metric = "top1"
+        return cls(found, metric)
+
+    def check(self, inputs: Iterable[str]) -> None:
+        """Refuse data that lacks an input before any work starts."""
+        names = list(inputs)
+        missing = [name for name in names if self.data is not None and name not in self.data]
+        if missing:
+            what = f"the data has no array {missing[0]}, an input of the model"
+            raise OptpassError("data", what, f"give arrays {', '.join(names)}")
+
+    def run(self, dense: Session, optimized: Session, reference: Reference) -> list[Metric]:
+        """Figures of one engine beside its dense twin."""
+        if self.data is None:
+            return metrics.agreement(dense, optimized, metrics.random_inputs(reference), random=True)
+        if self.metric is None:
+            return metrics.agreement(dense, optimized, dict(self.data), random=False)
+        return [metrics.evaluate(self.metric, dense, optimized, dict(self.data))]
