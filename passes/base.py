@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -15,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.fx import Node
 
 import optpass.passes
+from optpass.causal import Causal
 from optpass.errors import OptpassError, Place, Refusal
-from optpass.program import op_name, place_of
+from optpass.program import Stage, op_name, place_of
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Block, Structure, TokenSpace, Tower
 from optpass.tokens import TokenMap, Value
@@ -81,6 +83,32 @@ class Pass:
         return type(self)(self.options_type(**{**given, **self.identity}))
 
 
+class Staging(Pass):
+    """A pass that makes of a causal model the stage ``step``, which continues texts; the manager verifies it.
+
+    It comes after all passes that reduce tokens.
+
+    Attributes:
+        needs: name of the pass of this kind that must come before, whose stage it takes the place of.
+        tree: whether new tokens are nodes of a tree.
+    """
+
+    after: ClassVar[Sequence[str]] = ("prune", "merge", "transform", "cache")
+    needs: ClassVar[str] = ""
+    tree: ClassVar[bool] = False
+
+    def step(self, causal: Causal) -> Stage:
+        """The stage."""
+        raise NotImplementedError
+
+    def at_identity(self) -> Pass:
+        """The pass itself: it changes nothing at any setting."""
+        return self
+
+
+PERCENT = re.compile(r"\d{1,2}%|100%")
+"""A block by its place along the depth of the tower: ``50%`` is block 3 of 6, 6 of 12."""
+
 At = int | str | list[int | str]
 
 
@@ -89,7 +117,8 @@ class ReductionOptions(Options):
 
     at: At | None = Field(
         None,
-        description="blocks of the tower that costs most: 3, [1,3,5], 2:8:2, all; or module paths, also as a glob",
+        description="blocks of the tower that costs most: 3, [1,3,5], 2:8:2, 50% (of its depth), all; or module paths, "
+        "also as a glob",
     )
     place: Literal["attention", "block"] = Field(
         "attention", description="inside the block, after its attention, or after the whole block"
@@ -227,6 +256,9 @@ def _matches(item: int | str, structure: Structure, main: Tower) -> list[tuple[T
         if not -count <= index < count:
             what = f"at={index} names no block: {main.path or 'the model'} has {count}, 0 to {count - 1}"
             return Refusal("no-site", what, "see optpass inspect")
+        return [(main, main.blocks[index])]
+    if PERCENT.fullmatch(text):
+        index = min(int(text[:-1]) * count // 100, count - 1)
         return [(main, main.blocks[index])]
     if ":" in text and all(not part or part.lstrip("-").isdigit() for part in text.split(":")):
         found = main.blocks[slice(*(int(part) if part else None for part in text.split(":")))]
