@@ -14,10 +14,12 @@ leaves no trace.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,18 +29,25 @@ from types import FrameType
 from typing import Any
 
 import optpass
+from optpass import files
 from optpass.errors import OptpassError
 from optpass.export import fidelity as fidelities
 from optpass.export.base import Progress, Source, backend
 from optpass.program import Stage, TensorSpec
-from optpass.results import Fidelity, Latency, Metric, PassRecord
-from optpass.runtime import check
+from optpass.results import Accepted, Fidelity, Latency, Layer, Metric, PassRecord, Unrun
+from optpass.runtime import check, choice
 from optpass.runtime import manifest as manifests
+from optpass.runtime.engines.base import is_native, unfit
 from optpass.runtime.manifest import Bounds, Engine, Manifest, TensorInfo, engine_id
+from optpass.runtime.maps import PATH as MAPS
+from optpass.runtime.maps import TokenMaps
 from optpass.runtime.session import Session, open_session
 
 PREFIX = ".optpass-"
 """Of the directories beside the target that hold an artifact in the making, or the one it replaces."""
+
+CHECK = "optpass verify, there where it fits, runs it and holds it against what is recorded"
+"""What to do with an engine that was built for another machine."""
 
 
 class Writer:
@@ -47,10 +56,12 @@ class Writer:
     Attributes:
         folder: the temporary directory.
         engines: what was added so far.
+        target: devices to build for, where a backend builds for devices by name.
     """
 
-    def __init__(self, folder: Path, source: str, progress: Progress) -> None:
+    def __init__(self, folder: Path, source: str, progress: Progress, target: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.target = target
         self.source = source
         self.engines: dict[str, Engine] = {}
         self.manifest: Manifest | None = None
@@ -73,6 +84,7 @@ class Writer:
             OptpassError: no such backend or precision here, or the stage cannot be lowered.
         """
         found = backend(backend_name, precision)
+        target = found.target(self.target)
         name = engine_id(backend_name, precision, role, stage.name)
         place = engine_id(backend_name, "any" if found.shares_files else precision, role, stage.name)
         lowering = self._sources.setdefault((role, stage.name), Source(stage))
@@ -82,7 +94,7 @@ class Writer:
             self.step(f"lowering to {name}")
             folder = self.folder / place
             folder.mkdir(parents=True)
-            self._entries[place] = found.lower(lowering, folder, precision)
+            self._entries[place] = found.lower(lowering, folder, precision, target)
         entry = self._entries[place]
         files = sorted(p.relative_to(self.folder).as_posix() for p in (self.folder / place).rglob("*") if p.is_file())
         self.engines[name] = Engine(
@@ -96,6 +108,8 @@ class Writer:
             outputs=[_info(spec) for spec in stage.outputs],
             dynamic={n: Bounds(minimum=r.minimum, maximum=r.maximum) for n, r in stage.ranges.items()},
             tolerance=fidelities.tolerance(stage, precision),
+            target=target,
+            version=found.version(target),
         )
         return name
 
@@ -118,13 +132,17 @@ class Writer:
         return self._references[key]
 
     def fidelity(self, engines: Sequence[str] | None = None) -> list[Fidelity]:
-        """Open engines, all by default, and hold each against eager execution at the sizes of ``reference``."""
+        """Open engines and hold each against eager execution at the sizes of ``reference``.
+
+        By default all that this machine runs; those it does not are in ``unrun``.
+        """
         results = []
-        for name in self.engines if engines is None else engines:
+        here = [name for name in self.engines if self.runs(name)]
+        for name in here if engines is None else engines:
             engine = self.engines[name]
             recorded = self.reference(engine.role, engine.stage)
             self.step(f"checking {name} against eager")
-            session = self.session(name)
+            session = self.session(name).raw
             found = check.fidelity(name, session, recorded, engine.tolerance)
             if not all(entry.ok for entry in found) and self._chooses_otherwise(name, recorded):
                 wider = fidelities.effect(self._stage(engine), self._stage(engine, "dense"))
@@ -132,6 +150,16 @@ class Writer:
                 found = check.fidelity(name, session, recorded, self.engines[name].tolerance)
             results += found
         return results
+
+    def runs(self, name: str) -> bool:
+        """Whether this machine runs an engine that was added."""
+        return not unfit(self.engines[name])
+
+    def unrun(self) -> list[Unrun]:
+        """The engines that were built and cannot be run here."""
+        manifest = self._draft()
+        cannot = [name for name in self.engines if not self.runs(name)]
+        return [row.model_copy(update={"remedy": CHECK}) for row in choice.unrun(manifest, cannot)]
 
     def _stage(self, engine: Engine, role: str | None = None) -> Stage:
         return self._sources[role or engine.role, engine.stage].stage
@@ -149,7 +177,7 @@ class Writer:
         if not fidelities.chooses(stage) or not backend(engine.backend, engine.precision).shares_files:
             return False
         single = engine.model_copy(update={"precision": "f32"})
-        session = open_session(self.folder, self._draft().model_copy(update={"engines": {name: single}}), name)
+        session = open_session(self.folder, self._draft().model_copy(update={"engines": {name: single}}), name).raw
         exact = check.fidelity(name, session, recorded, fidelities.tolerance(stage, "f32"))
         return all(entry.ok for entry in exact)
 
@@ -157,9 +185,12 @@ class Writer:
         self,
         *,
         passes: Sequence[PassRecord] = (),
+        layers: Sequence[Layer] = (),
         fidelity: Sequence[Fidelity] = (),
         metric: Sequence[Metric] = (),
         latency: Sequence[Latency] = (),
+        accepted: Sequence[Accepted] = (),
+        maps: TokenMaps | None = None,
         recipe: str = "",
     ) -> Manifest:
         """Write the recorded outputs and the manifest; the artifact appears when the block is left."""
@@ -168,14 +199,19 @@ class Writer:
             path = self.folder / check.reference_path(role, stage)
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.save(path)
+        if maps is not None and maps.sites:
+            maps.save(self.folder / MAPS)
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         update = {
             "files": {p.relative_to(self.folder).as_posix(): manifests.sha256(p) for p in files},
             "default": _default(self.engines, latency),
             "passes": list(passes),
+            "layers": list(layers),
             "fidelity": list(fidelity),
             "metric": list(metric),
             "latency": list(latency),
+            "accepted": list(accepted),
+            "unrun": self.unrun(),
             "recipe": recipe,
         }
         self.manifest = self._draft().model_copy(update=update)
@@ -205,7 +241,10 @@ def _numpy_name(dtype: str) -> str:
 
 def _default(engines: dict[str, Engine], latency: Sequence[Latency]) -> str:
     """The engine that was fastest where it was measured, otherwise the first that is not there for comparison."""
-    serving = [name for name, engine in engines.items() if not engine.dense] or list(engines)
+    serving = [name for name, engine in engines.items() if engine.serves] or list(engines)
+    # machine code is opened on request only, and so never by default where there is anything else
+    serving = [name for name in serving if not is_native(engines[name].backend)] or serving
+    serving.sort(key=lambda name: bool(unfit(engines[name])))
     measured = [entry for entry in latency if entry.engine in serving]
     if measured:
         # Engines are compared at one batch size: that of the first entry.
@@ -216,7 +255,12 @@ def _default(engines: dict[str, Engine], latency: Sequence[Latency]) -> str:
 
 @contextlib.contextmanager
 def writer(
-    out: str | os.PathLike[str], *, source: str = "", force: bool = False, progress: Progress | None = None
+    out: str | os.PathLike[str],
+    *,
+    source: str = "",
+    force: bool = False,
+    target: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Iterator[Writer]:
     """An artifact in the making, at ``out`` when the block ends and ``finish`` was called.
 
@@ -224,31 +268,27 @@ def writer(
         out: the directory to make; its parent exists or is made.
         source: what the user named, for the manifest.
         force: replace an artifact that is there. What is no artifact is never replaced.
+        target: devices to build for, where a backend builds for devices by name.
         progress: called with each step as it begins.
 
     Raises:
         OptpassError: ``out`` is there and may not be replaced, cannot be written to, or the disk is full.
     """
-    target = Path(os.path.abspath(out))
-    check_target(target, force)
-    with _reported(target), _terminable():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target.parent))
+    place = Path(os.path.abspath(out))
+    check_target(place, force)
+    with _reported(place), _terminable():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place.parent)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.parent))
         try:
-            made = Writer(folder, source, progress or (lambda text, seconds: None))
-            yield made
-            if made.manifest is not None:
-                os.chmod(folder, 0o777 & ~_umask())
-                _replace(folder, target)
+            with _held(folder):
+                made = Writer(folder, source, progress or (lambda text, seconds: None), target)
+                yield made
+                if made.manifest is not None:
+                    os.chmod(folder, 0o777 & ~files.umask())
+                    _replace(folder, place, force)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    """What a directory made by ``mkdir`` would lack; ``mkdtemp`` makes one that only its owner may enter."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_target(out: str | os.PathLike[str], force: bool) -> None:
@@ -266,11 +306,42 @@ def check_target(out: str | os.PathLike[str], force: bool) -> None:
         raise OptpassError("output", f"{target} is there", "give another output, or --force to replace it")
 
 
-def _replace(folder: Path, target: Path) -> None:
-    """Put the new directory in the place of the old one; a crash between the two renames leaves none."""
-    if not target.exists():
-        os.rename(folder, target)
-        return
+def _replace(folder: Path, target: Path, force: bool) -> None:
+    """Put the new directory in the place of the old one, or of nothing.
+
+    Where the system swaps two names at once, a crash leaves the old artifact or the new one; elsewhere it may leave
+    none. Of two processes that write one artifact the last one wins, or, where it may not replace, the first.
+    """
+    while True:
+        check_target(target, force)
+        try:
+            # onto nothing, or a directory that is empty
+            os.rename(folder, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.is_dir():
+                raise
+        if force:
+            break
+    if not _swap(folder, target):
+        _replace_in_two_steps(folder, target)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two directories at once; false where this system or file system does not do it."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "renameat2"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def _replace_in_two_steps(folder: Path, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target.parent))
     old = aside / "old"
     try:
@@ -282,6 +353,45 @@ def _replace(folder: Path, target: Path) -> None:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+FRESH = 600.0
+"""Seconds for which a directory that nobody holds may still be one that is about to be held."""
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Mark a directory as in the making; the mark goes with this process, however it ends."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(number)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what processes left that were killed: directories in the making that nobody makes any more."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    for folder in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or time.time() - folder.stat().st_mtime < FRESH:
+                continue
+            number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(number)
 
 
 @contextlib.contextmanager
@@ -305,8 +415,9 @@ def _remedy(error: OSError) -> str:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack like Ctrl-C does, so that nothing half made is left."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that nothing half made is left; not where it is handled."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 

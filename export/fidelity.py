@@ -9,7 +9,7 @@ import torch
 
 from optpass.export.translate import trials, work
 from optpass.program import Stage, op_name
-from optpass.runtime.check import Recorded, Reference
+from optpass.runtime.check import Recorded, Reference, valued
 
 ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9}
 """Unit roundoff: half the distance from 1 to the next number."""
@@ -67,7 +67,7 @@ def reference(stage: Stage) -> Reference:
         tensors = stage.resized(sizes)
         results = stage.run(tensors) if stage.ranges else stage.results
         outputs = {spec.name: _array(t) for spec, t in zip(stage.outputs, results, strict=True)}
-        recorded.append(Recorded.of(sizes, outputs))
+        recorded.append(Recorded.of(sizes, valued(outputs)))
     example = {spec.name: _array(tensor) for spec, tensor in zip(stage.inputs, stage.example, strict=True)}
     axes = {
         spec.name: {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}

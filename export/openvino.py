@@ -8,6 +8,7 @@ arithmetic is chosen when the engine is opened.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from optpass.errors import OptpassError
@@ -35,7 +36,7 @@ class OpenVino(Backend):
                 "use openvino in f32",
             )
 
-    def lower(self, source: Source, folder: Path, precision: str) -> str:
+    def lower(self, source: Source, folder: Path, precision: str, target: Sequence[str] = ()) -> str:
         import openvino
 
         # Beside the target, so that weights of many GB need no room elsewhere.

@@ -12,6 +12,7 @@ fused kernel; OpenVINO takes the standard ``Attention`` of opset 23 apart.
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import logging
@@ -31,7 +32,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.onnx._internal.exporter import _core, _fx_passes, _registration, _tensors
 
 from optpass.errors import OptpassError
-from optpass.program import Stage, op_name, place_of
+from optpass.export.fuse import fuse
+from optpass.kernels.base import spelled_out
+from optpass.program import Stage, op_name, place_of, strip_wrapper
 
 aten = torch.ops.aten
 
@@ -39,6 +42,9 @@ OPSET = 18
 """That of torch's translations, so that no version conversion is needed."""
 
 CONTRIB = "com.microsoft"
+
+MODULE = "module"
+"""Key of the metadata of a node under which the path of its module in the user's model is kept."""
 
 
 def translate(stage: Stage) -> ir.Model:
@@ -48,7 +54,7 @@ def translate(stage: Stage) -> ir.Model:
         OptpassError: an op has no translation; names it and its place in the user's model.
     """
     with _quiet():
-        program = _prepared(stage)
+        program = _prepared(spelled_out(stage))
         try:
             model = _core._exported_program_to_onnx_program(program, registry=_registry()).model
         except Exception as error:  # torch raises its own types, whose module is private
@@ -60,6 +66,7 @@ def translate(stage: Stage) -> ir.Model:
         # OpenVINO does not know functions that a model brings itself
         InlinePass()(model)
     _fold_transposed_weights(model)
+    fuse(model)
     _forget(model)
     _name(model, stage)
     return model
@@ -207,6 +214,14 @@ def _spell_out(graph: Graph) -> None:
         node.target = LOGIC.get(node.target, node.target)
         if node.target is aten.diff.default and isinstance(node.args[0], Node):
             _spell_out_diff(graph, node)
+        elif node.target is aten.sort.stable:
+            # the lower index comes first where values are equal, in ONNX as well
+            given = {"dim": -1, "descending": False, **node.kwargs}
+            node.target, node.args, node.kwargs = (
+                aten.sort.default,
+                (node.args[0], given["dim"], given["descending"]),
+                {},
+            )
         elif node.target is aten.square.default:
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
         elif node.target is aten.movedim.int:
@@ -864,15 +879,27 @@ def _fold_transposed_weights(model: ir.Model) -> None:
             continue
         made = node.outputs[0]
         folded = ir.Value(name=f"{weight.name}.T", type=weight.type, shape=ir.Shape(list(tensor.shape)[::-1]))
-        folded.const_value = _core.TorchTensor(tensor.raw.t().contiguous(), name=folded.name)
+        folded.const_value = _turned(tensor, str(folded.name))
         graph.register_initializer(folded)
         ir.convenience.replace_all_uses_with(made, folded)
         graph.remove(node, safe=True)
         del graph.initializers[str(weight.name)]
 
 
+def _turned(tensor: _core.TorchTensor, name: str) -> ir.LazyTensor:
+    """A transposed weight, turned when it is written, so that no second copy of all weights is held."""
+
+    def made() -> _core.TorchTensor:
+        return _core.TorchTensor(tensor.raw.t().contiguous(), name=name)
+
+    return ir.LazyTensor(made, dtype=tensor.dtype, shape=ir.Shape(list(tensor.shape)[::-1]), name=name)
+
+
 def _forget(model: ir.Model) -> None:
-    """Drop what only the exporter knew: source lines of another machine, and shapes that engines infer themselves."""
+    """Drop what only the exporter knew: source lines of another machine, and shapes that engines infer themselves.
+
+    Of each node the path of its module stays, for those who look at the graph.
+    """
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "optpass", None
     used = {value for node in _nodes(model) for value in node.inputs if value is not None}
@@ -881,7 +908,11 @@ def _forget(model: ir.Model) -> None:
         if value not in used and not value.is_graph_output():
             del model.graph.initializers[name]
     for node in _nodes(model):
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        path = strip_wrapper(scopes[-2]) if len(scopes) > 1 else ""
         node.metadata_props.clear()
+        if path:
+            node.metadata_props[MODULE] = path
         node.meta.clear()
         for value in node.outputs:
             value.metadata_props.clear()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from optpass.export import artifact
 from tests.export import models
@@ -18,3 +21,12 @@ def write(out: Path, backends: tuple[tuple[str, str], ...] = BACKENDS, keep: int
             new.add(dense, backend, precision, role="dense")
         new.finish(fidelity=new.fidelity())
     return out
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """An artifact whose manifest was changed by hand."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    return folder

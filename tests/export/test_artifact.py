@@ -239,17 +239,60 @@ def test_a_target_below_a_file_is_one_line(tmp_path: Path) -> None:
 def test_a_failed_rename_brings_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = write(tmp_path / "engine", ONE)
     before = (out / "manifest.json").read_text()
-    rename = os.rename
+    rename, tried = os.rename, []
 
     def fails_once(source: Any, target: Any) -> None:
         if Path(target) == out and "optpass" in Path(source).name:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            tried.append(target)
+            number = errno.ENOTEMPTY if len(tried) == 1 else errno.EIO
+            raise OSError(number, os.strerror(number))
         rename(source, target)
 
+    monkeypatch.setattr(artifact, "_swap", lambda first, second: False)
     monkeypatch.setattr(os, "rename", fails_once)
     with pytest.raises(OptpassError, match="Input/output error"):
         write(out, ONE, force=True)
     assert (out / "manifest.json").read_text() == before
+    assert left_in(tmp_path) == ["engine"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_both_ways_of_replacing_leave_the_new_artifact_alone(
+    swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "engine", ONE)
+    before = (out / "manifest.json").read_text()
+    if not swaps:
+        monkeypatch.setattr(artifact, "_swap", lambda first, second: False)
+    write(out, ONE, keep=3, force=True)
+    assert (out / "manifest.json").read_text() != before
+    assert left_in(tmp_path) == ["engine"]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_make_is_not(tmp_path: Path) -> None:
+    names = [f"{artifact.PREFIX}{name}" for name in ("left", "held", "fresh")]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    for name in names[:2]:
+        os.utime(tmp_path / name, (0, 0))
+    with artifact._held(tmp_path / names[1]):
+        write(tmp_path / "engine", ONE)
+    assert left_in(tmp_path) == sorted([*names[1:], "engine"])
+
+
+def test_the_first_of_two_writers_wins_where_the_second_may_not_replace(tmp_path: Path) -> None:
+    def twice() -> None:
+        with artifact.writer(tmp_path / "engine", source="second") as second:
+            second.add(models.vision(), "onnxruntime", "f32")
+            with artifact.writer(tmp_path / "engine", source="first") as first:
+                first.add(models.vision(), "onnxruntime", "f32")
+                first.finish()
+            second.finish()
+
+    with pytest.raises(OptpassError, match=r"is there; give another output, or --force"):
+        twice()
+    assert json.loads((tmp_path / "engine" / "manifest.json").read_text())["source"] == "first"
     assert left_in(tmp_path) == ["engine"]
 
 

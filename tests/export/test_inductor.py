@@ -1,0 +1,165 @@
+"""AOTInductor: what it compiles computes the same, is bound to what made it, and is loaded on request only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import optpass
+from optpass.errors import OptpassError
+from optpass.export import artifact
+from optpass.export.base import Source
+from optpass.export.inductor import Inductor, _contiguous
+from optpass.program import Stage
+from optpass.results import Interval, Latency, Timing
+from optpass.runtime import check
+from optpass.runtime.engines import inductor as engine
+from tests.export import models
+from tests.export.artifacts import edited
+
+TOKENS = np.random.default_rng(0).standard_normal((2, 9, 32)).astype(np.float32)
+
+
+def latency(name: str, milliseconds: float) -> Latency:
+    timing = Timing(median_ms=milliseconds, p95_ms=milliseconds, runs=1)
+    one = Interval(value=1, low=1, high=1)
+    return Latency(engine=name, batch="1", dense=timing, optimized=timing, speedup=one, verdict="no gain")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two engines of one small model; compiled once, since that takes half a minute."""
+    out = tmp_path_factory.mktemp("inductor") / "engine"
+    stage = models.vision(1, 4)
+    with artifact.writer(out, source="tests") as new:
+        names = [new.add(stage, backend, "f32") for backend in ("inductor", "onnxruntime")]
+        figures = [latency(names[0], 1.0), latency(names[1], 2.0)]
+        new.finish(fidelity=new.fidelity(), latency=figures)
+    return out
+
+
+@pytest.fixture
+def copied(compiled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compiled, tmp_path / "engine"))
+
+
+def test_it_computes_what_eager_execution_does_at_each_size(compiled: Path) -> None:
+    manifest = json.loads((compiled / "manifest.json").read_text())
+    found = {row["engine"]: row for row in manifest["fidelity"]}["inductor-f32"]
+    assert found["ok"]
+    assert [shape["batch"] for shape in found["shapes"]] == [1, 3, 6]
+    assert manifest["engines"]["inductor-f32"]["target"] == engine.features()
+    assert manifest["engines"]["inductor-f32"]["version"] == torch.__version__.partition("+")[0]
+
+
+def test_it_is_never_the_default_however_fast(compiled: Path) -> None:
+    session = optpass.load(compiled)
+    assert session.name == session.manifest.default == "onnxruntime-f32"
+    assert session.why.startswith("onnxruntime-f32 is the fastest that was timed")
+
+
+@pytest.mark.parametrize("asked", [{"backend": "inductor"}, {"backend": "inductor:f32"}, {"engine": "inductor-f32"}])
+def test_it_is_loaded_on_request(asked: dict[str, str], compiled: Path) -> None:
+    expected = optpass.load(compiled).run(tokens=TOKENS)["logits"]
+    session = optpass.load(compiled, threads=1, **asked)  # type: ignore[arg-type]
+    assert session.name == "inductor-f32"
+    np.testing.assert_allclose(session.run(tokens=TOKENS)["logits"], expected, atol=1e-5)
+    turned = np.asfortranarray(TOKENS)
+    turned.flags.writeable = False
+    kept = session.run(tokens=turned)["logits"]
+    np.testing.assert_allclose(kept, expected, atol=1e-5)
+    before = kept.copy()
+    session.run(tokens=TOKENS + 1)
+    np.testing.assert_array_equal(kept, before)
+
+
+NOT_ASKED = """
+import sys
+import optpass
+from optpass.runtime import check
+assert optpass.load(sys.argv[1]).name == "onnxruntime-f32"
+result = check.verify(sys.argv[1], threads=1)
+print(result.ok, [row.engine for row in result.unrun], [row.why for row in result.unrun], "torch" in sys.modules)
+"""
+
+
+def test_nothing_that_is_not_asked_for_it_opens_it_or_imports_torch(compiled: Path) -> None:
+    command = [sys.executable, "-c", NOT_ASKED, str(compiled)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split(" ", 1) == [
+        "True",
+        "['inductor-f32'] ['is machine code, which is run on request only'] False\n",
+    ], done.stderr
+
+
+def test_it_is_verified_on_request(compiled: Path) -> None:
+    result = check.verify(compiled, backend="inductor", threads=1)
+    assert result.ok
+    assert {row.engine for row in result.fidelity} == {"inductor-f32", "onnxruntime-f32"}
+
+
+def test_where_there_is_nothing_else_the_error_says_how_to_ask(copied: Path) -> None:
+    def alone(manifest: dict[str, Any]) -> None:
+        del manifest["engines"]["onnxruntime-f32"]
+        manifest["default"] = "inductor-f32"
+
+    with pytest.raises(OptpassError, match=r"is machine code.*on request only; .*backend=inductor, or --backend indu"):
+        optpass.load(edited(copied, alone))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"target": ["x86_64", "avx1024"]}, r"machine code for a CPU with avx1024, which this one does not have"),
+        ({"version": "2.3.0"}, r"machine code for torch 2\.3\.0, and here is 2\.[\d.]+"),
+    ],
+)
+def test_code_for_another_machine_or_torch_is_one_line(change: dict[str, Any], sentence: str, copied: Path) -> None:
+    edited(copied, lambda manifest: manifest["engines"]["inductor-f32"].update(change))
+    with pytest.raises(OptpassError, match=rf"{sentence}; load the engine onnxruntime-f32"):
+        optpass.load(copied, engine="inductor-f32")
+    with pytest.raises(OptpassError, match=rf"{sentence}; .*optpass optimize tests -b inductor"):
+        optpass.load(copied, backend="inductor")
+
+
+def test_a_machine_without_a_compiler_is_told_so_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(OptpassError, match=r"needs a C\+\+ compiler, and here is none of g\+\+.*install g\+\+"):
+        Inductor().check("f32")
+
+
+def test_strides_of_the_example_do_not_become_part_of_the_code() -> None:
+    """An example that is a part of a longer text would be read with the length of that text."""
+    stage = models.text("flag")
+    whole = torch.zeros(2, 64, dtype=torch.int64)
+    sliced = replace(stage, example=(whole[:, :7], stage.example[1]))
+    sliced = sliced.retraced(sliced.module)
+    assert strides(sliced)[0] == (64, 1)
+    assert strides(_contiguous(sliced))[0][0] != 64
+    assert _contiguous(stage) is stage
+
+
+def strides(stage: Stage) -> list[tuple[Any, ...]]:
+    placed = [node for node in stage.exported.graph.nodes if node.op == "placeholder"]
+    users = stage.exported.graph_signature.user_inputs
+    return [tuple(node.meta["val"].stride()) for node in placed if node.name in users]
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("g++: fatal error: no memory\nmany lines\nmore")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
+    with pytest.raises(OptpassError, match=r"cannot compile the model: g\+\+: fatal error: no memory; use") as caught:
+        Inductor().lower(Source(models.vision(1, 4)), tmp_path, "f32")
+    assert "\n" not in str(caught.value)
