@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,14 @@ Source = Annotated[
     ),
 ]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory that optimize wrote.")]
+Passes = Annotated[
+    str, typer.Option("--passes", "-p", metavar="PASSES", help="Such as 'prune(keep=0.5,at=3),merge(r=8)'.")
+]
+Recipe = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="The same as a file.", show_default=False)]
+Preset = Annotated[
+    Literal["safe", "balanced", "fast"] | None,
+    typer.Option(help="A measured schedule for the kind of model, in place of passes.", show_default=False),
+]
 Dynamic = Annotated[
     list[str] | None,
     typer.Option(
@@ -46,6 +54,14 @@ MetricName = Annotated[
 ]
 Samples = Annotated[
     int | None, typer.Option(min=1, help="How many samples of the data to use.", show_default="all of them")
+]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICES",
+        help="Devices to build for, such as sm_89,sm_120; none of them need be here. Repeatable.",
+        show_default="those that are here",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
@@ -89,5 +105,5 @@ def program(
 ) -> None:
     """Turn a captured transformer into a verified, faster engine that runs without torch.
 
-    Exit codes: 0 ok, 1 a check failed or a pass was refused, 2 bad input.
+    Exit codes: 0 ok, 1 a check failed or a pass was refused, 2 bad input, 3 undecided.
     """

@@ -46,7 +46,7 @@ def of_model(result: BaseModel, show: Callable[[Console], None] | None, failure:
 def failure_of(passes: Iterable[PassRecord], fidelity: Iterable[Fidelity]) -> OptpassError:
     """Why a result is not ok: the first pass that was not kept, or the first output that is not faithful."""
     for record in passes:
-        if record.status != "kept":
+        if not record.done:
             code, _, reason = (
                 record.reason.partition("] ") if record.reason.startswith("[") else ("", "", record.reason)
             )

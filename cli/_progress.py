@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from optpass.cli import _signals
+
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""
 
@@ -37,6 +39,7 @@ def _bar() -> Iterator[Report]:
         task = bar.add_task("")
 
         def report(what: str, done: int, total: int) -> None:
+            _signals.check()
             bar.update(task, description=what, completed=done, total=total)
 
         yield report
@@ -47,6 +50,7 @@ def _lines() -> Report:
 
     def report(what: str, done: int, total: int) -> None:
         nonlocal last
+        _signals.check()
         if time.monotonic() - last < SECONDS:
             return
         last = time.monotonic()

@@ -2,7 +2,8 @@
 
 A file ``NAME.py`` is the command NAME if it holds ``command``, a group of commands if it holds ``app``; a leading
 underscore marks a helper. A command returns an ``Outcome``. What it raises becomes one line on stderr here, and,
-with ``--json``, one object on stdout. Exit codes: 0 ok, 1 a check failed or a pass was refused, 2 bad input.
+with ``--json``, one object on stdout. Exit codes: 0 ok, 1 a check failed or a pass was refused, 2 bad input, 3 a gate
+undecided.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
+from optpass.cli import _signals
 from optpass.errors import OptpassError
 
 if TYPE_CHECKING:
@@ -29,25 +30,18 @@ DEBUG = "OPTPASS_DEBUG"
 """Environment variable that shows the traceback of an error, and the warnings of the libraries beneath."""
 
 
-TERMINATED = 128 + signal.SIGTERM
-
-
-class Terminated(BaseException):
-    """SIGTERM, raised so that temporary files are removed on the way out."""
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     args = sys.argv[1:] if args is None else args
     try:
         _reopen_streams()
-        signal.signal(signal.SIGTERM, _terminate)
+        _signals.install()
         _silence()
         from optpass.cli import _outcome
 
         stdout = _outcome.claimed_stdout() if JSON in args else sys.stdout
         code = run(args, stdout)
-    except (KeyboardInterrupt, Terminated) as error:
+    except (KeyboardInterrupt, _signals.Terminated) as error:
         code = _fail(error, None)
     sys.exit(code)
 
@@ -60,9 +54,10 @@ def run(args: Sequence[str], stdout: IO[str]) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             outcome = _invoke(args or ["--help"])
+            _signals.check()
         return _outcome.write(outcome, stdout, as_json=as_json)
     except BaseException as error:  # noqa: BLE001 - the last line of defence, which tells each kind apart
-        return _fail(error, stdout if as_json else None)
+        return _fail(_signals.came() or error, stdout if as_json else None)
 
 
 def build() -> typer.Typer:
@@ -126,8 +121,8 @@ def _told(error: BaseException) -> tuple[OptpassError, int]:
         return error, error.exit_code or 1
     if isinstance(error, KeyboardInterrupt):
         return OptpassError("interrupted", "stopped by Ctrl-C", "nothing half done is left behind"), 130
-    if isinstance(error, Terminated) or (isinstance(error, SystemExit) and error.code == TERMINATED):
-        return OptpassError("terminated", "stopped by SIGTERM", "nothing half done is left behind"), TERMINATED
+    if isinstance(error, _signals.Terminated):
+        return OptpassError("terminated", "stopped by SIGTERM", "nothing half done is left behind"), _signals.TERMINATED
     if isinstance(error, SystemExit):
         return OptpassError("exit", "the code of the model called sys.exit", "let it raise an error instead"), 1
     if isinstance(error, MemoryError):
@@ -150,7 +145,3 @@ def _reopen_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open to the end of the process
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated

@@ -10,27 +10,29 @@ import typer
 from optpass.cli import _options as options
 from optpass.cli._outcome import Outcome, failure_of, of_model
 from optpass.cli._progress import progress
+from optpass.errors import OptpassError
 
 
 def command(
     source: options.Source,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the artifact goes.")],
-    passes: Annotated[
-        str, typer.Option("--passes", "-p", metavar="PASSES", help="Such as 'prune(keep=0.5,at=3),merge(r=8)'.")
-    ] = "",
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="The same as a file.", show_default=False)
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where the artifact goes.", show_default=False),
     ] = None,
+    passes: options.Passes = "",
+    recipe: options.Recipe = None,
+    preset: options.Preset = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
             "--backend",
             "-b",
             metavar="NAME[:PRECISION]",
-            help="onnxruntime, openvino, openvino:bf16. Repeatable.",
+            help="onnxruntime, openvino, openvino:bf16, inductor. Repeatable.",
             show_default="onnxruntime",
         ),
     ] = None,
+    target: options.Target = None,
     dynamic: options.Dynamic = None,
     static: options.Static = False,
     inputs: options.Inputs = None,
@@ -41,6 +43,10 @@ def command(
         Literal["stop", "skip"],
         typer.Option(help="When a pass is refused or fails a probe: stop, or leave it out and go on."),
     ] = "stop",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show sites, tokens and operations before and after, and do no more."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure latency, per engine.")] = 2.0,
     json: options.Json = False,
@@ -49,6 +55,8 @@ def command(
 
     The result is a directory that runs without torch.
     """
+    if out is None and not dry_run:
+        raise OptpassError("usage", "Missing option '--out' / '-o'", "give it, or --dry-run to write nothing")
     dimensions = options.dynamic_dimensions(dynamic, static)
     arrays = options.read_inputs(inputs)
 
@@ -56,10 +64,25 @@ def command(
     from optpass.cli import _tables
 
     with progress() as report:
+        if out is None or dry_run:
+            planned = api.preview(
+                source,
+                passes,
+                recipe=recipe,
+                preset=preset,
+                backend=backend or "onnxruntime",
+                dynamic=dimensions,
+                inputs=arrays,
+                on_fail=on_fail,
+                progress=report,
+            )
+            refused = None if planned.ok else failure_of(planned.passes, [])
+            return of_model(planned, lambda console: _tables.show_preview(planned, console), refused)
         result = api.optimize(
             source,
             passes,
             recipe=recipe,
+            preset=preset,
             backend=backend or "onnxruntime",
             out=out,
             dynamic=dimensions,
@@ -70,8 +93,9 @@ def command(
             on_fail=on_fail,
             force=force,
             seconds=seconds,
+            target=target or (),
             progress=report,
         )
     failure = failure_of(result.passes, result.fidelity)
-    show = None if not result.fidelity else lambda console: _tables.show_optimize(result, console)
+    show = None if not result.fidelity and not result.unrun else lambda console: _tables.show_optimize(result, console)
     return of_model(result, show, None if result.ok else failure)

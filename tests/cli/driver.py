@@ -58,6 +58,8 @@ class Driver:
         """Start ``optpass ARGS`` in ``cwd``; ``file_size`` limits, in bytes, the files that it may write."""
         output = cwd.parent / f"{cwd.name}-output-{time.monotonic_ns()}"
         job = {"args": list(args), "cwd": str(cwd), "env": dict(env or {}), "output": str(output), "limit": file_size}
+        for name in ("out", "err"):  # a process may be killed before it opens them
+            Path(f"{output}.{name}").touch()
         pid = int(self._ask(job)["pid"])
         return Running(self, pid, output)
 

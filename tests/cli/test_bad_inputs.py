@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +63,12 @@ def slow():
     import time, sys
     print("started", file=sys.stderr, flush=True)
     return Attention(24), (torch.randn(2, 12, 16),)
+def deaf():
+    import contextlib, os, signal
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return small()
 """
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    started = Driver()
-    yield started
-    started.close()
 
 
 @pytest.fixture
@@ -98,6 +96,7 @@ def home(tmp_path: Path) -> Path:
     (folder / "bad.npz").write_bytes(b"nothing zipped")
     (folder / "bad.toml").write_text("[[pass]\n")
     (folder / "other.toml").write_text('[[pass]]\nname = "shrink"\n')
+    (folder / "newer.toml").write_text('version = 2\n[[pass]]\nname = "prune"\n')
     (folder / "used").mkdir()
     (folder / "used" / "letter.txt").write_text("dear reader")
     return folder
@@ -146,9 +145,18 @@ INPUTS: dict[str, tuple[str, int, str]] = {
     "recipe that is not there": (f"{SMALL} --recipe gone.toml", 2, "missing-file"),
     "recipe that is no TOML": (f"{SMALL} --recipe bad.toml", 2, "recipe"),
     "recipe with an unknown pass": (f"{SMALL} --recipe other.toml", 2, "unknown-pass"),
+    "recipe of another version": (f"{SMALL} --recipe newer.toml", 2, "recipe-version"),
+    "recipe beside passes": (f"{SMALL} -p prune --recipe other.toml", 2, "usage"),
+    "preset beside passes": (f"{SMALL} -p prune --preset safe", 2, "usage"),
+    "unknown preset": (f"{SMALL} --preset best", 2, "usage"),
+    "preset of a kind without figures": ("optimize mine:causal --preset safe", 2, "no-preset"),
+    "dry run of an unknown pass": (f"{SMALL} --dry-run -p shrink", 2, "unknown-pass"),
+    "dry run of a missing file": ("optimize ./gone.pt2 --dry-run", 2, "missing-file"),
     # engines, data
     "unknown backend": (f"{SMALL} -b tensorflow", 2, "unknown-backend"),
     "unknown precision": (f"{SMALL} -b openvino:int3", 2, "unknown-precision"),
+    "devices for a backend that has none": (f"{SMALL} --target sm_89", 2, "usage"),
+    "device that nothing is built for": (f"{SMALL} -b tensorrt --target sm_42", 2, "target"),
     "unknown metric": (f"{SMALL} --data name.npz --metric beauty", 2, "unknown-metric"),
     "data that are not there": (f"{SMALL} --data gone.npz", 2, "data"),
     "data of the wrong name": (f"{SMALL} --data name.npz", 2, "data"),
@@ -228,6 +236,12 @@ def test_signal_in_the_middle(number: int, code: int, error: str, after: float, 
     assert whole(home) == before
 
 
+def test_signal_that_a_library_drops_is_obeyed(driver: Driver, home: Path) -> None:
+    before = whole(home)
+    check(driver.run("optimize", "mine:deaf", "-o", "engine", cwd=home), 143, "terminated")
+    assert whole(home) == before
+
+
 # the artifact
 
 
@@ -295,6 +309,19 @@ def test_damaged_artifact_is_one_line(name: str, driver: Driver, home: Path, art
 
 def test_engine_that_is_not_there(driver: Driver, home: Path, artifact: Path) -> None:
     check(driver.run("bench", "engine", "--engine", "tensorrt-f16", cwd=home), 2, "engine-name")
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ("--provider vulkan", "provider"),
+        ("--provider cpu --provider-option fast", "usage"),
+        ("--provider-option fast=1", "usage"),
+        ("--at-least 2", "usage"),
+    ],
+)
+def test_provider_that_is_not_there(more: str, error: str, driver: Driver, home: Path, artifact: Path) -> None:
+    check(driver.run("verify", "engine", *more.split(), cwd=home), 2, error)
 
 
 def test_half_an_optimize_leaves_the_old_artifact(driver: Driver, home: Path, artifact: Path) -> None:

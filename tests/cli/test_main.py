@@ -16,7 +16,7 @@ import pytest
 
 import optpass
 import optpass.cli
-from optpass.cli import _progress
+from optpass.cli import _progress, _signals
 from optpass.cli.main import main, run
 from optpass.errors import OptpassError, Place
 from optpass.results import (
@@ -222,7 +222,8 @@ def test_json_is_one_object_and_nothing_else(name: str, api: Api, capsys: pytest
 def test_json_of_optimize_holds_what_was_done(api: Api) -> None:
     data = json.loads(call(*COMMANDS["optimize"], "--json")[1])
     assert data["artifact"] == "engine"
-    assert data["passes"][0]["probes"] == {"identity": 0.0, "permutation": 2e-7, "equivalence": None}
+    probes = {"identity": 0.0, "permutation": 2e-7, "equivalence": None, "incremental": None}
+    assert data["passes"][0]["probes"] == probes
     assert data["passes"][1]["status"] == "refused"
     assert data["latency"][0]["verdict"] == "no gain"
     assert data["fidelity"][0]["output"] == "logits"
@@ -296,7 +297,7 @@ def test_error_as_json(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     ("error", "code", "start"),
     [
         (KeyboardInterrupt(), 130, "error[interrupted]: stopped by Ctrl-C"),
-        (SystemExit(143), 143, "error[terminated]: stopped by SIGTERM"),
+        (_signals.Terminated(), 143, "error[terminated]: stopped by SIGTERM"),
         (SystemExit(0), 1, "error[exit]: the code of the model called sys.exit"),
         (MemoryError(), 1, "error[memory]: not enough memory"),
         (RuntimeError("a\nb"), 1, "error[internal]: internal error, RuntimeError: a b; please report it"),
