@@ -90,7 +90,7 @@ def compare(schedule: str, rounds: int, folder: Path) -> dict[str, Any]:
     return {
         "seconds": {name: [round(value, 2) for value in found] for name, found in times.items()},
         "ratio": {
-            name: measure.speedup(np.array(found), base).model_dump()
+            name: measure.speedup([measure.Round((np.array(found), base))]).model_dump()
             for name, found in times.items()
             if name != "plain"
         },

@@ -200,10 +200,10 @@ class Line:
             rows.append(row)
         return rows
 
-    def times(self, first: Run, second: Run) -> tuple[measure.Times, measure.Times]:
+    def times(self, first: Run, second: Run) -> measure.Round:
         """Seconds of each run of two functions on the example, in turn."""
         example = self.setup.example
-        return measure.interleave(lambda: first(example), lambda: second(example), self.seconds)
+        return measure.interleave([lambda: first(example), lambda: second(example)], self.seconds)
 
     def judge(self, engine: str, dense: Session, optimized: Session, count: int | None) -> list[dict[str, Any]]:
         """Quality of one engine beside its dense twin, whose guesses are the same for every arm."""
@@ -238,16 +238,17 @@ def peer(line: Line, reductions: Mapping[str, Sequence[int]], folder: Path, judg
             pair = [_opened(path, backend, precision) for path in (dense_file, file)]
             forms[f"torch.onnx.export, {backend} {precision}"] = (*pair, f"{backend}-{precision}")  # type: ignore[assignment]
         for form, (plain, reduced, engine) in forms.items():
-            times = line.times(plain, reduced)
+            timed = line.times(plain, reduced)
+            times = timed.times
             row: dict[str, Any] = {
                 "model": setup.name, "batch": setup.batch, "r": label, "form": form,
                 "dense_ms": round(float(np.median(times[0])) * 1e3, 3),
                 "optimized_ms": round(float(np.median(times[1])) * 1e3, 3),
-                "speedup": _plain(measure.speedup(*times)), "pairs": len(times[0]), "quality": [],
+                "speedup": _plain(measure.speedup([timed])), "pairs": len(times[0]), "quality": [],
             }  # fmt: skip
             if engine:
                 ours = _of(line.sessions[engine][1])
-                row["schedule_over_peer"] = _plain(measure.speedup(*line.times(reduced, ours)))
+                row["schedule_over_peer"] = _plain(measure.speedup([line.times(reduced, ours)]))
             if judge and form != "eager torch" and engine == "onnxruntime-f32":
                 assert setup.images is not None
                 ran = guesses(reduced, setup.images[:SHIPPED], setup.batch)
