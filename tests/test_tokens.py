@@ -61,7 +61,7 @@ maps = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(maps, st.integers(1, 9), st.sampled_from(KINDS), st.integers(0, 99))
 def test_a_composed_map_carries_as_the_two_in_a_row(first: TokenMap, wanted: int, kind: str, seed: int) -> None:
     second = random_map(kind, first.target, min(wanted, first.target), seed)
@@ -71,7 +71,7 @@ def test_a_composed_map_carries_as_the_two_in_a_row(first: TokenMap, wanted: int
     torch.testing.assert_close(compose(first, second).carry(x), in_a_row, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(maps)
 def test_merging_keeps_the_sum_of_all_tokens(token_map: TokenMap) -> None:
     if not token_map.exact:
@@ -84,7 +84,7 @@ def test_merging_keeps_the_sum_of_all_tokens(token_map: TokenMap) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(maps)
 def test_kept_tokens_come_back_where_they_were(token_map: TokenMap) -> None:
     y = tokens(token_map.target)
@@ -96,7 +96,7 @@ def test_kept_tokens_come_back_where_they_were(token_map: TokenMap) -> None:
         torch.testing.assert_close(kept, y)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(maps)
 def test_a_merge_of_equal_tokens_is_undone_exactly(token_map: TokenMap) -> None:
     if not isinstance(token_map, Merge | Assign):

@@ -77,7 +77,6 @@ def test_both_faces_attend_alike(case: Case) -> None:
 
 
 @given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 6))
-@settings(deadline=None)
 def test_a_node_attends_as_the_last_token_of_its_path(seed: int, count: int, past: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parent = [-1] + [int(torch.randint(0, node, (1,), generator=generator)) for node in range(1, count)]

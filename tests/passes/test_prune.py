@@ -93,7 +93,7 @@ def _greedy(x: torch.Tensor, count: int) -> list[int]:
     return chosen
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 16), st.sampled_from(["norm", "random"]))
 def test_any_number_can_go_but_the_last(r: int, selector: str) -> None:
     record = apply(program(), parse(f"prune(selector={selector},r={r},at=1)")).records[0]

@@ -93,7 +93,7 @@ SHORT: dict[str, dict[str, Any]] = {
 """Options with which short texts have matches."""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(ALONE),
     st.integers(1, 30) | st.just(60),
@@ -268,7 +268,7 @@ def test_the_last_row_about_a_token_counts_and_stays_for_the_next_text() -> None
 # goose
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     TEXT,
     st.integers(1, 120),

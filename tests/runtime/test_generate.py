@@ -30,7 +30,7 @@ def padded(texts: Sequence[Sequence[int]], left: bool) -> tuple[np.ndarray, np.n
     return ids, mask
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(TEXTS, st.booleans(), st.booleans(), st.integers(0, 60))
 def test_texts_are_continued_as_each_alone_would_be(
     texts: list[list[int]], left: bool, picks: bool, count: int
@@ -91,7 +91,7 @@ class Knowing(Lying):
 
 
 @pytest.mark.parametrize("drafter", [name for name in names() if name != "model"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(texts=TEXTS, nodes=st.sampled_from([None, 1, 2, 5, 16, 60]))
 def test_drafts_never_change_the_text(drafter: str, texts: list[list[int]], nodes: int | None) -> None:
     ids, mask = padded(texts, left=True)
@@ -145,7 +145,7 @@ def test_wrong_guesses_are_no_lie() -> None:
     assert not model.last.fallback
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(texts=TEXTS, nodes=st.sampled_from([None, 2, 5, 9]), temperature=st.sampled_from([0.0, 2.0]))
 def test_small_model_drafts_and_never_changes_the_text(
     texts: list[list[int]], nodes: int | None, temperature: float
@@ -297,7 +297,7 @@ def test_planted_error_in_the_accept_rule_is_found(monkeypatch: pytest.MonkeyPat
     assert rejected(*counted({"drafter": [Fixed() for _ in range(50)], "nodes": 6}, 20_000))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(TEXTS, st.integers(0, 5), st.sampled_from(["lookup", "recycling", "goose"]))
 def test_drafts_do_not_change_what_is_drawn(texts: list[list[int]], seed: int, drafter: str) -> None:
     ids, mask = padded(texts, left=True)

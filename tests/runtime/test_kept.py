@@ -28,7 +28,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ACTIONS)
 def test_buffers_hold_what_lists_would(actions: list[tuple[str, tuple[int, int]]]) -> None:
     kept = Kept(INPUTS, 2, 1000)

@@ -322,7 +322,7 @@ def test_a_token_that_its_law_excludes_is_refused() -> None:
         accept_chain(np.array([1]), certain, np.full((2, 2), 0.5), np.random.default_rng(0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from(["lookup", "suffix", "recycling", "goose"]), st.integers(1, 20))
 def test_the_same_seed_draws_the_same_text_with_and_without_a_draft(seed: int, name: str, budget: int) -> None:
     model, sampling = Model(6, seed), Sampling(0.4, top_k=5, top_p=0.95, seed=seed)

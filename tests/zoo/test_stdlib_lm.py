@@ -20,7 +20,7 @@ PIECES = ("def f(x):", "    return x", "\t", "\r\n", "\n\n", "  ", "é", "日本
 
 
 @given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back_from_its_tokens(text: str) -> None:
     assert entry.decode(entry.encode(text)) == text
 
