@@ -49,7 +49,7 @@ def test_passes_are_read_with_their_options(text: str, expected: object) -> None
         ("prune(keep=half)", "keep='half'"),
         ("prune(r=-1)", "r=-1 is negative"),
         ("prune(r=1,keep=0.5)", "give keep or r, not both"),
-        ("prune(selector=best)", "none of auto, cls-attention, divprune, norm, random"),
+        ("prune(selector=best)", "none of auto, cls-attention, divprune, mmr, norm, random"),
         ("transform(temperature=0)", "temperature=0"),
         ("merge(place=middle)", "place='middle'"),
     ],

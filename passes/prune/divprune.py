@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from optpass.errors import Place, Refusal
+from optpass.kernels.select_diverse import select_diverse
 from optpass.passes.base import Site
 from optpass.passes.prune.selectors import Selector, spare
 from optpass.rewrite import Builder
-from optpass.tokens import Value, take
+from optpass.tokens import Value
 
 LIMIT = 1024
 """Steps of the greedy loop, which is unrolled into the graph."""
@@ -26,10 +27,10 @@ class DivPrune(Selector):
         """The loop is unrolled: its length must be known, and bounded."""
         place = Place(site.block.path)
         if not isinstance(count, int):
-            what = "divprune needs a number of tokens that is known when the graph is built"
+            what = f"{self.name} needs a number of tokens that is known when the graph is built"
             return Refusal("symbolic-count", what, "make the length static, or use selector=norm or random", place)
         if count > LIMIT:
-            what = f"divprune would unroll {count} steps, more than {LIMIT}"
+            what = f"{self.name} would unroll {count} steps, more than {LIMIT}"
             return Refusal("too-many-steps", what, "keep fewer tokens, or use selector=norm or random", place)
         return None
 
@@ -39,18 +40,12 @@ class DivPrune(Selector):
         if count == free:
             return b.arange(free).unsqueeze(0).expand(b.batch, free)
         x = token_features(site, b)[:, b.prefix : b.count - b.suffix]
-        distance = 1 - torch.matmul(x, x.transpose(1, 2))  # [batch, free, free]
         bias = spare(site, b, b.stream[:, :, 0].to(torch.float32) * 0.0)[:, b.prefix : b.count - b.suffix]
-        farthest = (distance + 4 * b.eye(free)).amin(-1)  # to the nearest other token
-        order = b.arange(free).unsqueeze(0)
-        chosen = []
-        for step in range(count):
-            pick = (farthest + bias).argmax(1, keepdim=True)  # [batch, 1]
-            chosen.append(pick)
-            bias = bias - (order == pick).to(torch.float32) * 1e10
-            row = take(distance, pick).squeeze(1)
-            farthest = torch.minimum(farthest, row) if step else row
-        return torch.cat(chosen, 1)
+        return self.greedy(site, b, x, bias, count)
+
+    def greedy(self, site: Site, b: Builder, x: Value, bias: Value, count: Value) -> Value:
+        """Farthest of all first; ``bias`` ``[batch, free]`` puts tokens in front of all others, or behind."""
+        return select_diverse(x, bias, count, 1.0, True)
 
 
 def token_features(site: Site, b: Builder) -> Value:

@@ -23,7 +23,10 @@ from optpass.runtime.engines.onnxruntime import open_engine
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small import program
 
-SCHEDULES = {"merge(r=4,at=[1,2])": {"bipartite_match", "bipartite_merge", "bipartite_unmerge"}}
+SCHEDULES = {
+    "merge(r=4,at=[1,2])": {"bipartite_match", "bipartite_merge", "bipartite_unmerge"},
+    "prune(selector=mmr,keep=0.6,at=1)": {"select_diverse"},
+}
 
 
 def ours(stage: Stage) -> set[str]:
@@ -65,6 +68,7 @@ EXAMPLES: dict[str, Any] = {
     "bipartite_merge": lambda: (torch.randn(1, 5, 2, 3), torch.rand(1, 5) + 1, *_pairs()),
     "tree_attention": lambda: (*torch.randn(3, 4, 3, 8), *torch.randn(2, 2, 2, 5, 8), torch.zeros(1, 2, 3, 8), 0.5),
     "bipartite_unmerge": lambda: (torch.randn(1, 3, 4).half(), *_pairs()),
+    "select_diverse": lambda: (torch.randn(2, 7, 4).half(), torch.zeros(2, 7), 3, 0.5, True),
 }
 
 

@@ -24,10 +24,10 @@ from small import TOKENS, program, rewritten
 
 
 def test_selectors_are_found_by_their_files() -> None:
-    assert set(selectors()) == {"random", "norm", "cls-attention", "divprune"}
+    assert set(selectors()) == {"random", "norm", "cls-attention", "divprune", "mmr"}
 
 
-@pytest.mark.parametrize("selector", ["random", "norm", "cls-attention", "divprune"])
+@pytest.mark.parametrize("selector", ["random", "norm", "cls-attention", "divprune", "mmr"])
 def test_the_protected_token_and_the_order_are_kept(selector: str) -> None:
     _, maps = rewritten(f"prune(selector={selector},keep=0.4,at=1)")
     index = maps["0.index"]
@@ -37,7 +37,7 @@ def test_the_protected_token_and_the_order_are_kept(selector: str) -> None:
 
 
 def test_selectors_choose_by_content_and_chance_does_not() -> None:
-    for name in ("norm", "cls-attention", "divprune"):
+    for name in ("norm", "cls-attention", "divprune", "mmr"):
         index = rewritten(f"prune(selector={name},keep=0.4,at=1)")[1]["0.index"]
         assert not torch.equal(index[0], index[1]), name
     index = rewritten("prune(selector=random,keep=0.4,at=1)")[1]["0.index"]
@@ -57,18 +57,48 @@ def test_two_sites_draw_different_subsets_by_chance() -> None:
 
 def test_divprune_matches_a_slow_greedy_search() -> None:
     _, maps = rewritten("prune(selector=divprune,keep=0.35,at=2)")
+    _, key = _attended()
+    for sample in range(2):
+        expected = _greedy(key.mean(1)[sample, 1:], 6)
+        assert (maps["0.index"][sample][1:] - 1).tolist() == sorted(expected)
+
+
+def test_mmr_matches_a_slow_search_that_weighs_relevance_against_likeness() -> None:
+    _, maps = rewritten("prune(selector=mmr,keep=0.35,at=2)")
+    query, key = _attended()
+    attention = (query[:, :, :1] @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(-1).mean(1)[:, 0, 1:]
+    for sample in range(2):
+        relevance = attention[sample] / attention[sample].max()
+        x = torch.nn.functional.normalize(key.mean(1)[sample, 1:], dim=1)
+        chosen = [int(relevance.argmax())]
+        while len(chosen) < 6:
+            rest = [i for i in range(len(x)) if i not in chosen]
+            likeness = (x @ x[chosen].T).max(1)[0]
+            chosen.append(max(rest, key=lambda i: float(0.5 * relevance[i] - 0.5 * likeness[i])))
+        assert (maps["0.index"][sample][1:] - 1).tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize("selector", ["divprune", "mmr"])
+def test_padding_is_chosen_after_all_that_is_seen(selector: str) -> None:
+    _, maps = rewritten(f"prune(selector={selector},keep=0.5,at=1)", mask="padding")
+    assert int(maps["0.index"][1].max()) < 13
+
+
+def _attended() -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of block 2, ``[batch, heads, tokens, head_dim]``."""
     model = program().main
     structure = analyse(model)
     assert structure.main is not None
     attention = structure.main.blocks[2].attention
     assert attention is not None
-    interpreter = torch.fx.Interpreter(structure.module)
-    interpreter.run_node = _keeping(interpreter, attention.key)  # type: ignore[method-assign]
-    interpreter.run(*model.example)
-    keys = interpreter.kept.mean(1)[:, 1:]  # type: ignore[attr-defined]
-    for sample in range(2):
-        expected = _greedy(keys[sample], 6)
-        assert (maps["0.index"][sample][1:] - 1).tolist() == sorted(expected)
+    found = []
+    for node in (attention.query, attention.key):
+        interpreter = torch.fx.Interpreter(structure.module)
+        interpreter.run_node = _keeping(interpreter, node)  # type: ignore[method-assign]
+        interpreter.run(*model.example)
+        found.append(interpreter.kept)  # type: ignore[attr-defined]
+    query, key = found
+    return query, key
 
 
 def _keeping(interpreter: Any, wanted: torch.fx.Node) -> Callable[[torch.fx.Node], Any]:
