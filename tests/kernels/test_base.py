@@ -23,9 +23,11 @@ from optpass.runtime.engines.onnxruntime import open_engine
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small import program
 
+SPREAD = {"many_to_many", "many_to_many_sizes", "many_to_many_back"}
+
 SCHEDULES = {
     "merge(r=4,at=[1,2])": {"bipartite_match", "bipartite_merge", "bipartite_unmerge"},
-    "prune(selector=mmr,keep=0.6,at=1)": {"select_diverse"},
+    "transform(selector=divprune,keep=0.6,at=[1,2])": {"select_diverse", *SPREAD},
 }
 
 
@@ -63,12 +65,20 @@ def _pairs() -> tuple[torch.Tensor, ...]:
     return torch.tensor([[0, 1, 3]]), torch.tensor([[2, 4]]), torch.tensor([[1, 2]])
 
 
+def _factors() -> tuple[Any, ...]:
+    index = torch.tensor([[0, 1, 3, 6], [0, 2, 4, 5]])
+    return torch.randn(2, 7, 4), index, torch.ones(1, 7, dtype=torch.bool), 1, 0, 2, 0.1
+
+
 EXAMPLES: dict[str, Any] = {
     "bipartite_match": lambda: (torch.randn(2, 7, 4), torch.ones(1, 7, dtype=torch.bool), 3),
     "bipartite_merge": lambda: (torch.randn(1, 5, 2, 3), torch.rand(1, 5) + 1, *_pairs()),
     "tree_attention": lambda: (*torch.randn(3, 4, 3, 8), *torch.randn(2, 2, 2, 5, 8), torch.zeros(1, 2, 3, 8), 0.5),
     "bipartite_unmerge": lambda: (torch.randn(1, 3, 4).half(), *_pairs()),
     "select_diverse": lambda: (torch.randn(2, 7, 4).half(), torch.zeros(2, 7), 3, 0.5, True),
+    "many_to_many": lambda: (torch.randn(2, 7, 2, 3).half(), torch.rand(2, 7) + 1, *_factors()),
+    "many_to_many_sizes": lambda: (None, *_factors()),
+    "many_to_many_back": lambda: (torch.randn(2, 4, 5), *_factors()),
 }
 
 
