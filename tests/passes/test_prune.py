@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from optpass import dump
 from optpass.grammar import parse
 from optpass.manager import Placed, apply, rewrite
+from optpass.passes.prune.norm import Norm
 from optpass.passes.prune.random import hashed
 from optpass.passes.prune.selectors import selectors
 from optpass.structure import analyse
@@ -80,8 +81,16 @@ def test_mmr_matches_a_slow_search_that_weighs_relevance_against_likeness() -> N
 
 @pytest.mark.parametrize("selector", ["divprune", "mmr"])
 def test_padding_is_chosen_after_all_that_is_seen(selector: str) -> None:
-    _, maps = rewritten(f"prune(selector={selector},keep=0.5,at=1)", mask="padding")
-    assert int(maps["0.index"][1].max()) < 13
+    _, maps = rewritten(f"prune(selector={selector},r=5,at=1)", mask="padding")
+    assert maps["0.index"][1].tolist() == list(range(13))
+
+
+def test_the_relevance_of_padding_is_no_measure_of_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = rewritten("prune(selector=mmr,keep=0.3,at=1)", mask="padding", head="mean")[1]["0.index"]
+    score = Norm.score
+    monkeypatch.setattr(Norm, "score", lambda self, site, b: score(self, site, b) + (b.arange(b.count) >= 13) * 99.0)
+    loud = rewritten("prune(selector=mmr,keep=0.3,at=1)", mask="padding", head="mean")[1]["0.index"]
+    assert torch.equal(loud[1], quiet[1])
 
 
 def _attended() -> tuple[torch.Tensor, torch.Tensor]:
