@@ -6,8 +6,6 @@ the manifest. It takes a C++ compiler here, none where it runs.
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +19,6 @@ from optpass.runtime.engines import inductor as engine
 
 FILE = "model.pt2"
 
-COMPILERS = ("g++", "clang++", "c++")
 
 SETTINGS: dict[str, bool | str] = {
     # the number of threads is that of the session, not that of the machine that compiled
@@ -48,11 +45,10 @@ class Inductor(Backend):
     limits = ("machine code of this CPU and this release of torch", "opened on request only")
 
     def check(self, precision: str) -> None:
-        asked = os.environ.get("CXX", "")
-        if not any(shutil.which(compiler) for compiler in (asked, *COMPILERS) if compiler):
+        if not engine.compiler():
             raise OptpassError(
                 "compiler",
-                f"AOTInductor needs a C++ compiler, and here is none of {', '.join(COMPILERS)}",
+                f"AOTInductor needs a C++ compiler, and here is none of {', '.join(engine.COMPILERS)}",
                 "install g++, or name a compiler by the environment variable CXX",
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -13,24 +12,23 @@ import torch
 
 from optpass.errors import OptpassError
 from optpass.export.base import Backend, Source
-from optpass.export.inductor import COMPILERS
 from optpass.export.onnxruntime import LARGEST_FILE
 from optpass.program import Stage
 from optpass.results import BackendInfo, ModelOnBackend
 from optpass.runtime import cuda, engines
 from optpass.runtime import manifest as manifests
+from optpass.runtime.engines import inductor
 
 
 def facts() -> dict[str, str]:
     """The machine, by name of the fact."""
     hardware = manifests.hardware()
-    found = (name for name in COMPILERS if shutil.which(name))
     return {
         "python": platform.python_version(),
         "system": hardware.system,
         "cpu": f"{hardware.cpu}, {hardware.cores} cores, {', '.join(hardware.flags) or 'no features of note'}",
         "NVIDIA GPU": cuda.device() or "none",
-        "C++ compiler": next(found, "none"),
+        "C++ compiler": inductor.compiler() or "none",
     }
 
 

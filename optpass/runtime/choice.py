@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from optpass.errors import OptpassError
 from optpass.results import Unrun
-from optpass.runtime.engines.base import is_native, unfit
+from optpass.runtime.engines.base import is_made_here, is_native, kinds, unfit
 from optpass.runtime.manifest import Engine, Manifest
 
 
@@ -94,7 +94,14 @@ def unrun(manifest: Manifest, names: Iterable[str], backend: str | None = None) 
 
 
 def rebuild(manifest: Manifest, engine: Engine) -> str:
-    """The command that builds an engine for the machine on which it is run."""
+    """The command that builds an engine which runs on this machine: of the same backend if it can, else of another.
+
+    Machine code is not proposed in the place of something else.
+    """
+    others = [kind for kind in kinds() if not is_native(kind)]
+    backend = next((kind for kind in (engine.backend, *others) if is_made_here(kind)), None)
+    if backend is None:
+        return "run there where it fits; to build one here install torch and an engine: pip install 'optpass[cpu]'"
     source = manifest.source or "MODEL"
     recipe = " with the passes of its manifest" if manifest.passes else ""
-    return f"run there where it fits, or here: optpass optimize {source} -b {engine.backend} -o DIR{recipe}"
+    return f"run there where it fits, or here: optpass optimize {source} -b {backend} -o DIR{recipe}"

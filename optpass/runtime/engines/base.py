@@ -93,6 +93,19 @@ def unfit(engine: Engine) -> str:
     return kind.unfit(engine)
 
 
+def is_made_here(backend: str) -> bool:
+    """Whether this machine builds engines of a kind that it runs: with torch, its library, and what the kind asks for.
+
+    What that is a function ``is_made_here`` of its module says; kinds without one ask for nothing else.
+    """
+    if backend not in kinds() or any(
+        importlib.util.find_spec(name) is None for name in ("torch", _module(backend).LIBRARY)
+    ):
+        return False
+    asked = getattr(_module(backend), "is_made_here", None)
+    return asked is None or bool(asked())
+
+
 def layers(engine: Engine, path: Path) -> tuple[str, list[dict[str, str]]]:
     """What the layers of a file are, in words, and the layers with name, type and precision.
 

@@ -6,7 +6,9 @@ library, which may do whatever this process may; hence ``NATIVE``: it takes the 
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,8 @@ LIBRARY = "torch"
 EXTRA = "cpu"
 NATIVE = True
 
+COMPILERS = ("g++", "clang++", "c++")
+
 
 def unfit(engine: Engine) -> str:
     """Code for CPU features that are not here, or for another release of torch."""
@@ -33,6 +37,16 @@ def unfit(engine: Engine) -> str:
     if here.rsplit(".", 1)[0] != engine.version.rsplit(".", 1)[0]:
         return f"is machine code for torch {engine.version}, and here is {here}"
     return ""
+
+
+def compiler() -> str:
+    """The C++ compiler that makes such code here; empty where there is none."""
+    return next((name for name in (os.environ.get("CXX", ""), *COMPILERS) if name and shutil.which(name)), "")
+
+
+def is_made_here() -> bool:
+    """With a compiler."""
+    return bool(compiler())
 
 
 def features() -> list[str]:

@@ -45,6 +45,11 @@ EXTRA = "tensorrt"
 NATIVE = False
 
 
+def is_made_here() -> bool:
+    """Engines for other GPUs are made anywhere; one that runs here takes a GPU."""
+    return bool(cuda.device())
+
+
 def version(library: str) -> str:
     """As the manifest has it: ``tensorrt_rtx 1.7.1.116``."""
     return f"{library} {load_library(library).__version__}"
