@@ -266,10 +266,18 @@ def passes_table(records: Iterable[PassRecord]) -> Table:
     return table
 
 
+def _contract(record: PassRecord) -> str:
+    """What a pass changed in the outputs, and in which precision the ops are."""
+    ops = ", ".join(f"{count} {precision}" for precision, count in record.ops.items())
+    text = f"{record.name}: outputs moved by {record.error:.1e} of the largest, {record.max_error:.1e} is allowed; "
+    return f"{text}ops: {ops}" + (f" ({_sites(record.stayed)})" if record.stayed else "")
+
+
 def show_notes(records: Iterable[PassRecord], console: Console) -> None:
     """Why a pass was not kept, and where tokens came back to the old space."""
     lines = [f"{record.name} {record.status}: {record.reason}" for record in records if record.reason]
     lines += [f"{record.name} restores tokens: {text}" for record in records for text in record.restored]
+    lines += [_contract(record) for record in records if record.error is not None]
     for line in lines:
         console.print(escape(line), soft_wrap=True)
     if lines:

@@ -26,12 +26,24 @@ def tolerance(stage: Stage, precision: str) -> float:
     ``sqrt(n)``. In float32 a sum of ``k`` products is rounded ``k`` times, each by at most the roundoff ``u``, in
     either direction: ``u * sqrt(k)``; of vectors of ``LANES`` partial sums only one is on the way of an error, which
     leaves ``u * sqrt(k / LANES)``. In half precisions both factors of a product are rounded, while the sums are
-    float32: ``u * sqrt(2)``. Both engine and eager execution round, in float32 alike.
+    float32: ``u * sqrt(2)``. Both engine and eager execution round, in float32 alike. A graph that computes in a half
+    precision itself does so on an engine in float32 as well, and there both round: ``u * sqrt(4)``.
     """
     rounding = work(stage)
-    terms = 2 * max(rounding.longest / LANES, 1) if precision == "f32" else 2
+    own = _precision(stage)
+    precision = max(precision, own, key=ROUNDOFF.__getitem__)
+    terms = 2 * max(rounding.longest / LANES, 1) if precision == "f32" else 2 if own == "f32" else 4
     return SAFETY * ROUNDOFF[precision] * math.sqrt(rounding.contractions * terms)
 
+
+def _precision(stage: Stage) -> str:
+    """The coarsest precision of the values of a graph."""
+    values = [node.meta.get("val") for node in stage.exported.graph.nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+    return next((name for dtype, name in HALVES.items() if dtype in dtypes), "f32")
+
+
+HALVES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 LANES = 8
 """Partial sums that the narrowest vector unit in use keeps side by side."""

@@ -285,6 +285,7 @@ def _copied(module: GraphModule) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
+        new.name = old.name  # the copy evades the names of builtins, such as input
         new.meta = dict(old.meta)
     return GraphModule(module, graph)
 
@@ -463,6 +464,10 @@ def attention(query: Any, key: Any, value: Any, bias: Any, heads: int, scale: fl
     raise NotImplementedError
 
 
+LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+"""What attention computes in, and the lowest finite number there."""
+
+
 def _attend(node: Node, masks: Masks) -> None:
     """Replace an attention on ``[batch, heads, tokens, head_dim]`` by one in the layout of the linear layers."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -471,7 +476,7 @@ def _attend(node: Node, masks: Masks) -> None:
     shapes = [n.meta["val"].shape for n in (query, key, value)]
     if any(len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int) for shape in shapes):
         return
-    if node.meta["val"].dtype not in (torch.float32, torch.float16):
+    if node.meta["val"].dtype not in LOWEST:
         return
     heads, groups = shapes[0][1], shapes[1][1]
     if len({str(shape[0]) for shape in shapes}) > 1 or heads % groups or groups != shapes[2][1]:
@@ -812,7 +817,7 @@ def _contrib(name: str, inputs: Sequence[Any], attributes: dict[str, Any]) -> An
 
 
 def _onnx_bias_of(mask: Any, dtype: int) -> Any:
-    lowest = torch.finfo(torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32).min
+    lowest = next(low for kept, low in LOWEST.items() if _core.torch_dtype_to_onnx_dtype(kept) == dtype)
     zero, low = (op.Cast(op.Constant(value_float=x), to=int(dtype)) for x in (0.0, lowest))
     return op.Where(mask, zero, low)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +15,9 @@ from torch.fx import Node
 from optpass import incremental, probes, stepping
 from optpass.causal import Causal, analyse_causal
 from optpass.errors import OptpassError, Refusal
+from optpass.export.translate import trials
 from optpass.follow import follow
-from optpass.passes.base import Pass, Site, Staging
+from optpass.passes.base import Conversion, Pass, Site, Staging
 from optpass.program import Program, Stage, module_path, place_of
 from optpass.results import PassRecord, Probes
 from optpass.rewrite import Build, Refused, Rewritten, Space, Walker
@@ -99,6 +100,12 @@ def apply(
             record, found = _restage(made, state, staged, verify)
             if found:
                 staged, stages = made, found
+        elif isinstance(made, Conversion):
+            record, found = _convert(made, stages or [state.stage], verify)
+            if stages:
+                stages = found
+            else:
+                state = replace(state, stage=found[0])
         else:
             record, state = _step(made, state, verify)
         records.append(record)
@@ -255,6 +262,37 @@ def _restage(made: Staging, state: _State, before: Staging | None, verify: bool)
         reason = f"a text in pieces differs from the whole by {gap:.1e}, more than {limit:.1e}"
         return record.model_copy(update={"status": "rolled_back", "reason": reason}), []
     return record.model_copy(update={"status": "kept"}), stages
+
+
+def _convert(made: Conversion, stages: Sequence[Stage], verify: bool) -> tuple[PassRecord, list[Stage]]:
+    """The stages in the other form; as they were where the pass is refused, or is beyond its limit."""
+    record = PassRecord(name=made.name, options=made.options.model_dump(exclude_none=True), status="refused")
+    if not verify:
+        return record.model_copy(update={"status": "placed"}), list(stages)
+    limits = [made.limit(stage) for stage in stages]
+    try:
+        converted = [made.convert(stage) for stage in stages]
+        errors = [_error(new.stage, stage) for new, stage in zip(converted, stages, strict=True)]
+    except Refused as refused:
+        return record.model_copy(update={"reason": str(refused.refusal)}), list(stages)
+    except Exception as error:  # noqa: BLE001  a graph that cannot be built or run, whatever the reason, is no result
+        return record.model_copy(update=_unbuilt(made, error)), list(stages)
+    worst, limit = max(zip(errors, limits, strict=True), key=lambda pair: pair[0] / pair[1])
+    ops: Counter[str] = Counter()
+    for new in converted:
+        ops.update(new.ops)
+    stayed = list(dict.fromkeys(text for new in converted for text in new.stayed))
+    record = record.model_copy(update={"error": worst, "max_error": limit, "ops": dict(ops), "stayed": stayed})
+    if not worst <= limit:
+        reason = f"the outputs changed by {worst:.1e} of the largest, more than {limit:.1e}"
+        return record.model_copy(update={"status": "rolled_back", "reason": reason}), list(stages)
+    return record.model_copy(update={"status": "kept"}), [new.stage for new in converted]
+
+
+def _error(new: Stage, stage: Stage) -> float:
+    """The largest error at the smallest, the example and the largest sizes."""
+    inputs = [stage.resized(sizes) for sizes in trials(stage)]
+    return max(probes.relative(new.run(tensors), stage.run(tensors)) for tensors in inputs)
 
 
 def _placed_again(placed: Sequence[Placed], causal: Causal) -> list[Placed]:

@@ -7,6 +7,7 @@ the full program instead of moved, give the same outputs: dropped ones hidden as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,16 @@ def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
             x, y = x.double(), y.double()
             gap = torch.where(x.isfinite() & y.isfinite(), (x - y).abs(), torch.where(_alike(x, y), 0.0, float("inf")))
             worst = max(worst, float(gap.max()))
+    return worst
+
+
+def relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference of an output, relative to its largest value; integers must be equal."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        gap = difference([a], [b])
+        largest = float(b.double().abs().masked_fill(~b.isfinite(), 0).amax()) if b.numel() else 1.0
+        worst = max(worst, gap / max(largest, 1e-9) if b.is_floating_point() else math.inf if gap else 0.0)
     return worst
 
 

@@ -39,6 +39,9 @@ class PassRecord(Result):
         status: ``placed`` in a preview, which verifies nothing.
         reason: why it was refused or rolled back; empty where kept.
         restored: where tokens were brought back to the old space, and why.
+        error: of an output, relative to its largest value, where the pass has a limit to it; with ``max_error``.
+        ops: how many ops compute in each precision, where the pass changes it.
+        stayed: module path and op of those that stayed as they were.
     """
 
     name: str
@@ -49,6 +52,10 @@ class PassRecord(Result):
     reason: str = ""
     probes: Probes = Probes()
     restored: list[str] = []
+    error: float | None = None
+    max_error: float | None = None
+    ops: dict[str, int] = {}
+    stayed: list[str] = []
 
     @property
     def done(self) -> bool:

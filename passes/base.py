@@ -106,6 +106,48 @@ class Staging(Pass):
         return self
 
 
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made of a stage.
+
+    Attributes:
+        ops: how many ops compute in each precision.
+        stayed: module path and op of those that were left as they were.
+    """
+
+    stage: Stage
+    ops: Mapping[str, int]
+    stayed: Sequence[str] = ()
+
+
+class Conversion(Pass):
+    """A pass that computes a whole stage in another way, to a stated error; the manager measures what it is.
+
+    It comes after all passes that change what is computed, and acts on each stage that is deployed.
+    """
+
+    after: ClassVar[Sequence[str]] = ("prune", "merge", "transform", "cache", "speculate")
+
+    def limit(self, stage: Stage) -> float:
+        """The largest error of an output that the pass may bring, relative to its largest value."""
+        raise NotImplementedError
+
+    def convert(self, stage: Stage) -> Converted:
+        """The stage, computed in the other way.
+
+        Raises:
+            Refused: it cannot be, or not within the limit.
+        """
+        raise NotImplementedError
+
+    def sites(self, structure: Structure) -> list[Site] | Refusal:
+        return Refusal("no-site", f"{self.name} acts on the whole model, and not at sites", "leave it out here")
+
+    def at_identity(self) -> Pass:
+        """The pass itself: what it changes is measured."""
+        return self
+
+
 PERCENT = re.compile(r"\d{1,2}%|100%")
 """A block by its place along the depth of the tower: ``50%`` is block 3 of 6, 6 of 12."""
 
