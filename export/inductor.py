@@ -19,7 +19,6 @@ from optpass.runtime.engines import inductor as engine
 
 FILE = "model.pt2"
 
-
 SETTINGS: dict[str, bool | str] = {
     # the number of threads is that of the session, not that of the machine that compiled
     "cpp.dynamic_threads": True,
