@@ -37,7 +37,7 @@ train: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q 'torch==2.13.0'
-	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=80' -e '.[cpu,openvino,tensorrt,hf,dev,examples]'
+	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=80' -e '.[cpu,openvino,quantize,tensorrt,hf,dev,examples]'
 	touch $@
 
 clean:

@@ -270,7 +270,8 @@ def _contract(record: PassRecord) -> str:
     """What a pass changed in the outputs, and in which precision the ops are."""
     ops = ", ".join(f"{count} {precision}" for precision, count in record.ops.items())
     text = f"{record.name}: outputs moved by {record.error:.1e} of the largest, {record.max_error:.1e} is allowed; "
-    return f"{text}ops: {ops}" + (f" ({_sites(record.stayed)})" if record.stayed else "")
+    text += f"ops: {ops}" + (f" ({_sites(record.stayed)})" if record.stayed else "")
+    return f"{text}; {record.data}" if record.data else text
 
 
 def show_notes(records: Iterable[PassRecord], console: Console) -> None:

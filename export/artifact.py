@@ -123,9 +123,13 @@ class Writer:
             self._opened[engine] = open_session(self.folder, self._draft(), engine)
         return self._opened[engine]
 
-    def reference(self, role: str = "main", stage: str = "main") -> check.Reference:
+    def forget(self, engine: str) -> None:
+        """Close an engine whose files are about to change."""
+        self._opened.pop(engine, None)
+
+    def reference(self, role: str = "main", form: str = "main") -> check.Reference:
         """The recorded inputs and eager outputs of a stage that was added; run once, and kept in the artifact."""
-        key = role, stage
+        key = role, form
         if key not in self._references:
             self.step(f"running {'the model' if role == 'main' else 'the dense model'} eagerly at three sizes")
             self._references[key] = fidelities.reference(self._sources[key].stage)

@@ -11,8 +11,8 @@ from optpass.export.translate import trials, work
 from optpass.program import Stage, op_name
 from optpass.runtime.check import Recorded, Reference, valued
 
-ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9}
-"""Unit roundoff: half the distance from 1 to the next number."""
+ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9, "int8": 2.0**-8}
+"""Unit roundoff: half the distance from 1 to the next number, of integers half a step of the largest."""
 
 SAFETY = 2.0
 """The count of contractions holds those side by side too, and a residual stream takes each block's error at its share

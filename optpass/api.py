@@ -15,11 +15,11 @@ from optpass.cache import Cache, home
 from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.evaluation import Arrays, Evaluation
-from optpass.export import artifact
+from optpass.export import artifact, finish
 from optpass.export.base import backend as find_backend
 from optpass.export.base import backends, named
 from optpass.manager import OnFail
-from optpass.passes.base import Pass, registry
+from optpass.passes.base import Finishing, Pass, registry
 from optpass.program import Stage
 from optpass.results import (
     ArtifactResult,
@@ -101,8 +101,12 @@ def optimize(
     asked = _passes(passes, recipe, preset)
     engines, devices = _engines(backend), _devices(target)
     _check_devices(engines, devices)
+    finishing = _finishing(asked, engines)
     artifact.check_target(out, force)
     evaluation = Evaluation.of(source, data, metric, samples)
+    evaluation, apart = evaluation.apart(
+        max((made.samples(name) for made in finishing for name, _ in engines), default=0)
+    )
     steps = _Steps(progress, 3 + 2 * len(asked) + 6 * len(engines))
     steps.next("capture the model")
     program = capture(source, dynamic=dynamic, inputs=inputs)
@@ -113,24 +117,32 @@ def optimize(
     asked = list(chosen.passes) if chosen else asked
     outcome = manager.apply(program, asked, on_fail=on_fail, progress=steps.next)
     records = list(outcome.records)
+    failed = OptimizeResult(
+        ok=False,
+        artifact="",
+        source=program.source,
+        passes=records,
+        fidelity=[],
+        preset=preset or "",
+        promise=promise,
+    )
     if not outcome.ok and on_fail == "stop":
-        return OptimizeResult(
-            ok=False,
-            artifact="",
-            source=program.source,
-            passes=records,
-            fidelity=[],
-            preset=preset or "",
-            promise=promise,
-        )
+        return failed
     with artifact.writer(
         out, source=program.source, force=force, target=devices, progress=lambda text, _: steps.next(text)
     ) as new:
-        mains = [[new.add(stage, *e) for stage in outcome.program.deployed][-1] for e in engines]
+        added = {new.add(stage, *e): stage for e in engines for stage in outcome.program.deployed}
+        mains = [name for name, stage in added.items() if stage is outcome.program.deployed[-1]]
         names = [(main, new.add(before, *e, role="dense")) for main, e in zip(mains, engines, strict=True)]
         names = [(main, dense) for main, dense in names if new.runs(main) and new.runs(dense)]
         fidelity = new.fidelity()
         faithful = all(entry.ok for entry in fidelity)
+        for made in finishing if faithful else ():
+            done, rows = finish.finish(new, made, added, before, apart)
+            records = [done if record.name == made.name else record for record in records]
+            fidelity = [row for row in fidelity if row.engine not in {row.engine for row in rows}] + rows
+            if not done.done and on_fail == "stop":
+                return failed.model_copy(update={"passes": records})
         figures: list[Metric] = []
         latency: list[Latency] = []
         if faithful:
@@ -189,6 +201,7 @@ def preview(
     """
     asked = _passes(passes, recipe, preset)
     engines = _engines(backend)
+    _finishing(asked, engines)
     steps = _Steps(progress, 3 + len(asked))
     steps.next("capture the model")
     program = capture(source, dynamic=dynamic, inputs=inputs)
@@ -650,6 +663,15 @@ def _engines(backend: str | Sequence[str]) -> list[tuple[str, str]]:
     if not engines:
         raise OptpassError("usage", "no backend is named", "name one, such as onnxruntime")
     return engines
+
+
+def _finishing(passes: Sequence[Pass], engines: Sequence[tuple[str, str]]) -> list[Finishing]:
+    """The passes that act on files, each checked for every backend before any work starts."""
+    found = [made for made in manager.ordered(passes) if isinstance(made, Finishing)]
+    for made in found:
+        for name, _ in engines:
+            made.check(name)
+    return found
 
 
 class _Steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -54,6 +54,15 @@ class Evaluation:
         if metric is None and metrics.LABELS in found:
             metric = "top1"
         return cls(found, metric)
+
+    def apart(self, count: int) -> tuple[Evaluation, Arrays | None]:
+        """What is left to judge by when ``count`` samples, at most half, are set apart to calibrate on, and those."""
+        total = len(next(iter(self.data.values()))) if self.data else 0
+        count = min(count, total // 2)
+        if self.data is None or not count:
+            return self, None
+        judged = {name: array[:-count] for name, array in self.data.items()}
+        return replace(self, data=judged), {name: array[-count:] for name, array in self.data.items()}
 
     def check(self, inputs: Iterable[str]) -> None:
         """Refuse data that lacks an input before any work starts."""

@@ -17,7 +17,7 @@ from optpass.causal import Causal, analyse_causal
 from optpass.errors import OptpassError, Refusal
 from optpass.export.translate import trials
 from optpass.follow import follow
-from optpass.passes.base import Conversion, Pass, Site, Staging
+from optpass.passes.base import Conversion, Finishing, Pass, Site, Staging
 from optpass.program import Program, Stage, module_path, place_of
 from optpass.results import PassRecord, Probes
 from optpass.rewrite import Build, Refused, Rewritten, Space, Walker
@@ -100,6 +100,9 @@ def apply(
             record, found = _restage(made, state, staged, verify)
             if found:
                 staged, stages = made, found
+        elif isinstance(made, Finishing):
+            options = made.options.model_dump(exclude_none=True)
+            record = PassRecord(name=made.name, options=options, status="placed")
         elif isinstance(made, Conversion):
             record, found = _convert(made, stages or [state.stage], verify)
             if stages:

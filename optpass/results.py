@@ -42,6 +42,7 @@ class PassRecord(Result):
         error: of an output, relative to its largest value, where the pass has a limit to it; with ``max_error``.
         ops: how many ops compute in each precision, where the pass changes it.
         stayed: module path and op of those that stayed as they were.
+        data: what it was calibrated on, in words.
     """
 
     name: str
@@ -56,6 +57,7 @@ class PassRecord(Result):
     max_error: float | None = None
     ops: dict[str, int] = {}
     stayed: list[str] = []
+    data: str = ""
 
     @property
     def done(self) -> bool:

@@ -10,8 +10,10 @@ import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.fx import Node
 
@@ -142,6 +144,49 @@ class Conversion(Pass):
 
     def sites(self, structure: Structure) -> list[Site] | Refusal:
         return Refusal("no-site", f"{self.name} acts on the whole model, and not at sites", "leave it out here")
+
+    def at_identity(self) -> Pass:
+        """The pass itself: what it changes is measured."""
+        return self
+
+
+Arrays = Mapping[str, NDArray[Any]]
+"""Inputs of an engine, or samples, by name."""
+
+
+class Finishing(Pass):
+    """A pass that acts on the files of an engine after lowering; ``optpass.export.finish`` applies and measures it.
+
+    It comes last, and leaves the unmodified model that engines are compared with as it is.
+    """
+
+    after: ClassVar[Sequence[str]] = (*Conversion.after, "precision")
+
+    def check(self, backend: str) -> None:
+        """Raise an OptpassError if there is no way to act on files of this backend here; called before any work."""
+        raise NotImplementedError
+
+    def samples(self, backend: str) -> int:
+        """How many samples to set apart, to calibrate on."""
+        return 0
+
+    def limit(self, stage: Stage) -> float:
+        """The largest difference from eager execution, relative to the largest value of an output."""
+        raise NotImplementedError
+
+    def finish(self, backend: str, source: Path, target: Path, samples: Sequence[Arrays]) -> Mapping[str, int]:
+        """Write the new files, and count the ops in each precision.
+
+        Args:
+            backend: whose files they are.
+            source: the file that engines are opened by, with what belongs to it beside it.
+            target: the same in an empty folder, to be written.
+            samples: inputs of one call each, to calibrate on.
+        """
+        raise NotImplementedError
+
+    def sites(self, structure: Structure) -> list[Site] | Refusal:
+        return Refusal("no-site", f"{self.name} acts on the files of an engine, and not at sites", "leave it out here")
 
     def at_identity(self) -> Pass:
         """The pass itself: what it changes is measured."""

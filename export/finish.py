@@ -1,0 +1,129 @@
+"""Passes that act on the files of an engine: applied, measured against eager execution, kept or taken back."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from optpass import metrics
+from optpass.export import fidelity as fidelities
+from optpass.export.artifact import Writer
+from optpass.passes.base import Arrays, Finishing
+from optpass.program import Stage
+from optpass.results import Fidelity, PassRecord
+
+CALLS = 64
+"""Most calls to calibrate by, of as many samples as the engine takes at once."""
+
+
+def finish(
+    new: Writer, made: Finishing, engines: Mapping[str, Stage], dense: Stage, data: Arrays | None
+) -> tuple[PassRecord, list[Fidelity]]:
+    """Apply a pass to the files of engines that were added, and hold each to the limit of the pass.
+
+    Args:
+        new: the artifact in the making.
+        made: the pass.
+        engines: ids, with the stage of each; those that share files all of them.
+        dense: the unmodified stage.
+        data: samples to calibrate on, which nothing is judged by.
+
+    Returns:
+        The record, and the rows of the engines; where the pass is not kept the files are as before, and there are none.
+    """
+    record = PassRecord(name=made.name, options=made.options.model_dump(exclude_none=True), status="rolled_back")
+    plain = dict(new.engines)
+    ops: Counter[str] = Counter()
+    told: dict[str, None] = {}
+    rows: list[Fidelity] = []
+    worst, limit = 0.0, 0.0
+    done: set[str] = set()
+    with tempfile.TemporaryDirectory(dir=new.folder) as work:
+        kept = Path(work)
+        for name, stage in engines.items():
+            engine = new.engines[name]
+            allowed = _allowed(made, stage, dense)
+            if engine.entry not in done:
+                samples, words = _samples(new, name, stage, made, data)
+                told[words] = None
+                new.step(f"{made.name} {name}")
+                try:
+                    ops.update(
+                        _applied(new.folder / engine.entry, kept / str(len(done)), made, engine.backend, samples)
+                    )
+                except Exception as error:  # noqa: BLE001  of the tool's own types
+                    line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
+                    reason = f"the tool for {engine.backend} failed: {type(error).__name__}: {line[:200]}"
+                    return _taken_back(new, plain, kept, record, reason), []
+                done.add(engine.entry)
+            place = (new.folder / engine.entry).parent
+            files = sorted(p.relative_to(new.folder).as_posix() for p in place.rglob("*") if p.is_file())
+            new.engines[name] = engine.model_copy(update={"files": files, "tolerance": allowed})
+            new.forget(name)
+            found = new.fidelity([name])
+            rows += found
+            moved = max((row.difference / row.tolerance * allowed for row in found if row.tolerance), default=0.0)
+            if moved * limit >= worst * allowed:
+                worst, limit = moved, allowed
+            if not all(row.ok for row in found):
+                row = next(row for row in found if not row.ok)
+                reason = f"{row.output} of {name} moved by {moved:.1e} of the largest, more than {allowed:.1e}"
+                record = record.model_copy(update={"error": moved, "max_error": allowed})
+                return _taken_back(new, plain, kept, record, reason), []
+    update = {
+        "status": "kept",
+        "error": worst,
+        "max_error": limit,
+        "ops": dict(ops),
+        "data": "; ".join(filter(None, told)),
+    }
+    return record.model_copy(update=update), rows
+
+
+def _applied(entry: Path, kept: Path, made: Finishing, backend: str, samples: Sequence[Arrays]) -> Mapping[str, int]:
+    """Put the new files in the place of those that are there, which go to ``kept``."""
+    place = entry.parent
+    place.rename(kept)
+    place.mkdir()
+    (kept / "place").write_text(str(place), encoding="utf-8")
+    return made.finish(backend, kept / entry.name, entry, samples)
+
+
+def _taken_back(new: Writer, plain: Mapping[str, object], kept: Path, record: PassRecord, reason: str) -> PassRecord:
+    for name in plain:
+        new.forget(name)
+    for folder in sorted(kept.iterdir()):
+        place = Path((folder / "place").read_text(encoding="utf-8"))
+        (folder / "place").unlink()
+        shutil.rmtree(place)
+        folder.rename(place)
+    new.engines.update(plain)  # type: ignore[arg-type]
+    return record.model_copy(update={"reason": reason})
+
+
+def _allowed(made: Finishing, stage: Stage, dense: Stage) -> float:
+    """The limit of the pass; where none was named and tokens are chosen, as much as another choice moves outputs."""
+    named = getattr(made.options, "max_error", None) is not None
+    same = [spec.name for spec in stage.outputs] == [spec.name for spec in dense.outputs]
+    if named or not same or not fidelities.chooses(stage):
+        return made.limit(stage)
+    return max(made.limit(stage), fidelities.effect(stage, dense))
+
+
+def _samples(
+    new: Writer, name: str, stage: Stage, made: Finishing, data: Arrays | None
+) -> tuple[Sequence[Arrays], str]:
+    """Inputs to calibrate by, and what they are."""
+    if not made.samples(new.engines[name].backend):
+        return [], ""
+    session = new.session(name)
+    if data is not None and all(info.name in data for info in session.inputs):
+        calls: Sequence[Arrays] = [inputs for _, _, inputs, _ in metrics.batches(session, dict(data))][:CALLS]
+        return calls, f"calibrated on {len(next(iter(data.values())))} samples, which no metric was taken on"
+    engine = new.engines[name]
+    return [
+        new.reference(engine.role, getattr(engine, "form", engine.stage)).inputs({})
+    ], "calibrated on the example inputs alone"
