@@ -38,7 +38,7 @@ from optpass.results import Accepted, Fidelity, Latency, Layer, Metric, PassReco
 from optpass.runtime import check, choice
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import is_native, unfit
-from optpass.runtime.manifest import Bounds, Engine, Manifest, TensorInfo, engine_id
+from optpass.runtime.manifest import IN_PLACE, Bounds, Engine, Manifest, TensorInfo, engine_id
 from optpass.runtime.maps import PATH as MAPS
 from optpass.runtime.maps import TokenMaps
 from optpass.runtime.session import Session, open_session
@@ -84,12 +84,15 @@ class Writer:
             OptpassError: no such backend or precision here, or the stage cannot be lowered.
         """
         found = backend(backend_name, precision)
+        form = stage.name
+        if found.in_place and stage.in_place is not None:
+            stage, form = stage.in_place, form + IN_PLACE
         target = found.target(self.target)
         name = engine_id(backend_name, precision, role, stage.name)
         place = engine_id(backend_name, "any" if found.shares_files else precision, role, stage.name)
-        lowering = self._sources.setdefault((role, stage.name), Source(stage))
+        lowering = self._sources.setdefault((role, form), Source(stage))
         if lowering.stage is not stage:
-            raise ValueError(f"another stage {stage.name} has the role {role} already")
+            raise ValueError(f"another stage {form} has the role {role} already")
         if place not in self._entries:
             self.step(f"lowering to {name}")
             folder = self.folder / place
@@ -144,7 +147,7 @@ class Writer:
         here = [name for name in self.engines if self.runs(name)]
         for name in here if engines is None else engines:
             engine = self.engines[name]
-            recorded = self.reference(engine.role, engine.stage)
+            recorded = self.reference(engine.role, engine.form)
             self.step(f"checking {name} against eager")
             session = self.session(name).raw
             found = check.fidelity(name, session, recorded, engine.tolerance)
@@ -166,7 +169,7 @@ class Writer:
         return [row.model_copy(update={"remedy": CHECK}) for row in choice.unrun(manifest, cannot)]
 
     def _stage(self, engine: Engine, role: str | None = None) -> Stage:
-        return self._sources[role or engine.role, engine.stage].stage
+        return self._sources[role or engine.role, engine.form].stage
 
     def _chooses_otherwise(self, name: str, recorded: check.Reference) -> bool:
         """Whether a half precision may have picked other tokens, and nothing else is wrong with the engine.
@@ -175,7 +178,7 @@ class Writer:
         outputs then differ by what one choice differs from another. The same files run in float32 must be right.
         """
         engine = self.engines[name]
-        if engine.precision == "f32" or engine.dense or ("dense", engine.stage) not in self._sources:
+        if engine.precision == "f32" or engine.dense or ("dense", engine.form) not in self._sources:
             return False
         stage = self._stage(engine)
         if not fidelities.chooses(stage) or not backend(engine.backend, engine.precision).shares_files:
@@ -199,8 +202,8 @@ class Writer:
     ) -> Manifest:
         """Write the recorded outputs and the manifest; the artifact appears when the block is left."""
         self.step("writing the manifest")
-        for (role, stage), recorded in self._references.items():
-            path = self.folder / check.reference_path(role, stage)
+        for (role, form), recorded in self._references.items():
+            path = self.folder / check.reference_path(role, form)
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.save(path)
         if maps is not None and maps.sites:

@@ -46,6 +46,7 @@ class Backend:
         name: as on the command line; that of a kind in ``optpass.runtime.engines``.
         precisions: those it lowers to, the first by default.
         shares_files: whether all precisions of a stage open the same files.
+        in_place: whether its engines write new rows into the buffers that they are given.
         devices: those that engines can be built for by name, such as ``sm_89``; empty where they are built for no
             device by name.
         form: what it reads, with its opset, in words.
@@ -55,6 +56,7 @@ class Backend:
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     shares_files: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
     devices: ClassVar[tuple[str, ...]] = ()
     form: ClassVar[str] = f"ONNX, opset {OPSET} and {CONTRIB} 1"
     limits: ClassVar[tuple[str, ...]] = ()

@@ -23,6 +23,7 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     precisions = ("f32",)
+    in_place = True
     limits = (
         f"weights above {LARGEST_FILE / 1e9:g} GB lie in a file beside the graph",
         "no bfloat16 arithmetic: weights in it are stored so, and computed with in float32",

@@ -16,6 +16,7 @@ import ast
 import copy
 import functools
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.onnx._internal.exporter import _core, _fx_passes, _registration, _tensors
 
+from optpass import appending  # noqa: F401 - registers the op
 from optpass.errors import OptpassError
 from optpass.export.fuse import fuse
 from optpass.kernels.base import spelled_out
@@ -135,6 +137,8 @@ def _prepared(stage: Stage) -> ExportedProgram:
             _as_constant(node)
         elif node.target is aten.scaled_dot_product_attention.default:
             _attend(node, masks)
+        elif node.target is APPEND:
+            _append(node)
         elif node.target in RESHAPES:
             _reshape_by_constants(node)
         elif node.target is aten.index.Tensor:
@@ -298,7 +302,7 @@ ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym
 
 
 def _translatable(node: Node) -> bool:
-    if node.op != "call_function" or node.target in TRANSLATIONS:
+    if node.op != "call_function" or node.target in TRANSLATIONS or node.target is APPEND:
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or op_name(node) in (*ASSERTIONS, *NO_OPS):
         return True
@@ -501,13 +505,48 @@ def _attend(node: Node, masks: Masks) -> None:
             meta = made.meta
             made = graph.call_function(aten.mul.Tensor, (made, rows))
             made.meta = dict(meta)
+    _stand_in(node, made, heads, shapes[2][3])
+
+
+APPEND = torch.ops.optpass_step.append_attention.default
+
+
+def appended(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+    """Target of ``append_attention`` on ``[batch, tokens, heads * head_dim]``; its last arguments count heads."""
+    raise NotImplementedError
+
+
+def _append(node: Node) -> None:
+    """Replace an attention that writes its rows in place by one in the layout of the linear layers."""
+    graph = node.graph
+    rows: list[Any] = list(node.args[:3])
+    heads, groups = (n.meta["val"].shape[1] for n in rows[:2])
+    mixed, *present = node.meta["val"]
+    with graph.inserting_before(node):
+        flat = [_flat(graph, n, 1) for n in rows]
+        made = graph.call_function(appended, (*flat, *node.args[3:], heads, groups))
+        made.meta = {**node.meta, "val": (mixed.transpose(1, 2).flatten(2), *present)}
+        parts = [graph.call_function(operator.getitem, (made, place)) for place in range(3)]
+        for part, value in zip(parts, made.meta["val"], strict=True):
+            part.meta = {**node.meta, "val": value}
+    for user in list(node.users):
+        place: Any = user.args[1]
+        if place == 0:
+            _stand_in(user, parts[0], heads, mixed.shape[3])
+        else:
+            user.replace_all_uses_with(parts[place])
+
+
+def _stand_in(node: Node, made: Node, heads: int, width: int) -> None:
+    """Let ``made [batch, tokens, heads * width]`` take the place of an attention, and of the reshapes behind it."""
+    graph = node.graph
     merges = [_merge_of(user) for user in node.users]
     for end in (end for ends in merges for end in ends):
         end.replace_all_uses_with(made)
     if all(merges):
         return
     with graph.inserting_before(node):
-        split = graph.call_function(reshape, (made, [0, 0, heads, shapes[2][3]]))
+        split = graph.call_function(reshape, (made, [0, 0, heads, width]))
         split.meta = {**node.meta, "val": node.meta["val"].transpose(1, 2)}
         back = graph.call_function(aten.transpose.int, (split, 1, 2))
         back.meta = dict(node.meta)
@@ -808,12 +847,28 @@ def _onnx_attention(query: Any, key: Any, value: Any, bias: Any, heads: int, sca
     return _contrib("MultiHeadAttention", inputs, attributes)
 
 
-def _contrib(name: str, inputs: Sequence[Any], attributes: dict[str, Any]) -> Any:
+def _onnx_appended(
+    query: Any, key: Any, value: Any, past_key: Any, past_value: Any, start: Any, positions: Any, cos: Any, sin: Any,
+    bias: Any, scale: float, heads: int, groups: int,
+) -> Any:  # fmt: skip
+    # written for each attention alike, of which engines make one
+    tokens = op.Shape(positions, start=1, end=2)
+    last = op.Cast(op.Sub(op.Add(start, tokens), op.Constant(value_ints=[1])), to=int(ir.DataType.INT32))
+    if bias is None:
+        room = op.Add(op.ReduceMax(last, keepdims=0), op.Cast(op.Constant(value_int=1), to=int(ir.DataType.INT32)))
+    else:
+        room = op.Cast(op.Squeeze(op.Shape(bias, start=3, end=4)), to=int(ir.DataType.INT32))
+    inputs = [query, key, value, past_key, past_value, last, room, cos, sin, None if cos is None else positions, bias]
+    attributes = {"num_heads": heads, "kv_num_heads": groups, "scale": scale, "do_rotary": int(cos is not None)}
+    return _contrib("GroupQueryAttention", inputs, attributes, 3)
+
+
+def _contrib(name: str, inputs: Sequence[Any], attributes: dict[str, Any], outputs: int = 1) -> Any:
     """A node of ONNX Runtime's own domain, whose schemas onnxscript does not know."""
     recorder = onnxscript.evaluator.default()
-    made = _tensors.SymbolicTensor(recorder.opset)
-    recorder.nodes.append(ir.node(name, inputs, attributes, domain=CONTRIB, outputs=[made]))
-    return made
+    made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
+    recorder.nodes.append(ir.node(name, inputs, attributes, domain=CONTRIB, outputs=made))
+    return made if outputs > 1 else made[0]
 
 
 def _onnx_bias_of(mask: Any, dtype: int) -> Any:
@@ -857,6 +912,7 @@ def _onnx_gelu(value: Any, approximate: str = "none") -> Any:
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     reshape: _onnx_reshape,
     attention: _onnx_attention,
+    appended: _onnx_appended,
     bias_of: _onnx_bias_of,
     rows_of: _onnx_rows_of,
     count_of: _onnx_count_of,
@@ -978,14 +1034,14 @@ def work(stage: Stage) -> Work:
         if op_name(node).startswith("conv"):
             longest = max(longest, functools.reduce(int.__mul__, sizes[1:], 1))
         elif sizes:
-            longest = max(
-                longest, sizes[-1] if op_name(node) in ("linear", "scaled_dot_product_attention") else sizes[0]
-            )
+            longest = max(longest, sizes[-1] if op_name(node) in LAST_SUMMED else sizes[0])
     return Work(max(count, 1), longest)
 
 
 CONTRACTIONS = {
     "linear": 1, "matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2, "conv1d": 1, "conv2d": 1, "conv3d": 1,
-    "convolution": 1, "scaled_dot_product_attention": 1, "einsum": 0,
+    "convolution": 1, "scaled_dot_product_attention": 1, "append_attention": 1, "einsum": 0,
 }  # fmt: skip
 """Ops that sum products, and the argument whose shape says how many."""
+
+LAST_SUMMED = ("linear", "scaled_dot_product_attention", "append_attention")

@@ -19,9 +19,9 @@ from optpass.program import Stage
 from optpass.rewrite import Build, Rewritten
 from optpass.runtime.engines.base import Array
 from optpass.runtime.generate import Generator
-from optpass.runtime.kept import ACCEPTED, ORDER, ROWS, Kept, everyone
-from optpass.runtime.manifest import Bounds, Engine, TensorInfo
-from optpass.runtime.trees import Tree
+from optpass.runtime.kept import ACCEPTED, ORDER, PAST, Kept, everyone
+from optpass.runtime.manifest import PRESENT, Bounds, Engine, TensorInfo
+from optpass.runtime.trees import Batch, Tree
 from optpass.tokens import Masked
 
 PIECES = (3, 1, 1, 5, 2)
@@ -63,6 +63,10 @@ class _Opened:
     def run(self, arrays: Sequence[Array], wanted: Sequence[int] | None = None) -> list[Array]:
         results = self.stage.run([torch.from_numpy(np.ascontiguousarray(array)) for array in arrays])
         found = [result.numpy() for result in results]
+        outputs = {spec.name: result for spec, result in zip(self.stage.outputs, found, strict=True)}
+        for spec, array in zip(self.stage.inputs, arrays, strict=True):
+            if spec.name.startswith(PAST) and (name := spec.name.replace("past_", PRESENT, 1)) in outputs:
+                array[:] = outputs[name]
         return found if wanted is None else [found[number] for number in wanted]
 
 
@@ -111,8 +115,8 @@ def tree(causal: Causal, stage: Stage) -> float:
         for _ in model.feed(kept, list(ids[:, : before - 1])):
             pass
     worst = 0.0
-    seen = np.broadcast_to(shape.mask, (len(ids), *shape.mask.shape)).copy()
-    results = model.step(kept, nodes, everyone(nodes), seen)
+    same = Batch.of([shape] * len(ids), len(shape))
+    results = model.step(kept, nodes, everyone(nodes), same)
     logits = results[model.outputs[0].name]
     paths = [[0, *shape.path(node)] for node in range(len(shape))]
     for length in {len(path) for path in paths}:
@@ -121,7 +125,7 @@ def tree(causal: Causal, stage: Stage) -> float:
         whole = _forward(causal, texts)[:, -1].reshape(len(group), len(ids), -1)
         for number, node in enumerate(group):
             worst = max(worst, _gap(logits[:, node], whole[number]))
-    return max(worst, _compaction(model, kept, nodes, seen, results))
+    return max(worst, _compaction(model, kept, nodes, results))
 
 
 def pruned(causal: Causal, step: Stage, prefill: Stage, walk: Callable[[Builder], Rewritten]) -> float:
@@ -166,19 +170,19 @@ def pruned(causal: Causal, step: Stage, prefill: Stage, walk: Callable[[Builder]
 Builder = Callable[[Any, Any, int], Build]
 
 
-def _compaction(model: Generator, kept: Kept, nodes: Array, seen: Array, results: dict[str, Array]) -> float:
+def _compaction(model: Generator, kept: Kept, nodes: Array, results: dict[str, Array]) -> float:
     """Accepted rows of a tree beside those of the same tokens fed one after the other."""
     if not (results[ACCEPTED] == DEEP + 1).all():
         return float("inf")
+    plain = kept.fork(range(len(nodes)))
+    paths = results[ORDER][:, : DEEP + 1]
+    kept.append(results, results[ACCEPTED], paths.tolist() if kept.in_place else None)
+    tokens = np.take_along_axis(nodes, paths, 1)
+    plain.append(model.step(plain, tokens, everyone(tokens)), results[ACCEPTED])
     worst = 0.0
-    for text, count in enumerate(results[ACCEPTED].tolist()):
-        path = results[ORDER][text, :count]
-        alone = kept.fork([text])
-        tokens = nodes[text : text + 1, path]
-        plain = model.step(alone, tokens, everyone(tokens))
-        for name in results:
-            if name.startswith(ROWS):
-                worst = max(worst, _gap(results[name][text, :, :count], plain[name][0]))
+    for name, rows in kept.rows.items():
+        for text, count in enumerate(kept.position.tolist()):
+            worst = max(worst, _gap(rows[text, :, :count], plain.rows[name][text, :, :count]))
     return worst
 
 

@@ -249,12 +249,14 @@ def _restage(made: Staging, state: _State, before: Staging | None, verify: bool)
         stages = [prefill, stage] if prefill else [stage]
         if not verify:
             return record.model_copy(update={"status": "placed"}), stages
-        gap = incremental.incremental(causal, stage)
-        if made.tree:
-            gap = max(gap, incremental.tree(causal, stage))
-        if prefill:
-            lay = partial(_walk, causal.structure, placed)
-            gap = max(gap, incremental.pruned(causal, stage, prefill, lay))
+        gap = 0.0
+        for form in filter(None, (stage, stage.in_place)):
+            gap = max(gap, incremental.incremental(causal, form))
+            if made.tree:
+                gap = max(gap, incremental.tree(causal, form))
+            if prefill:
+                lay = partial(_walk, causal.structure, placed)
+                gap = max(gap, incremental.pruned(causal, form, prefill, lay))
     except Refused as refused:
         return record.model_copy(update={"reason": str(refused.refusal)}), []
     except Exception as error:  # noqa: BLE001  a graph that cannot be built or run, whatever the reason, is no result

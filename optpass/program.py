@@ -51,6 +51,7 @@ class Stage:
         inputs, outputs: names, dtypes and shapes.
         ranges: the range of each dynamic dimension named in the shapes.
         example: one tensor per input, inside the ranges.
+        in_place: the same for backends that write new rows into the buffers they are given; None where there is none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
     example: tuple[Tensor, ...]
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    in_place: Stage | None = None
 
     @cached_property
     def module(self) -> GraphModule:
@@ -98,9 +100,9 @@ class Stage:
                 exported.graph.erase_node(node)
         exported.graph.eliminate_dead_code()
         exported.graph_module.recompile()
-        return replace(
-            self, exported=exported, outputs=output_specs(exported, [spec.name for spec in self.outputs], self.inputs)
-        )
+        outputs = output_specs(exported, [spec.name for spec in self.outputs], self.inputs)
+        # another form of the stage is not that of the new graph
+        return replace(self, exported=exported, outputs=outputs, in_place=None)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ The graph is the captured one. It takes the tokens that are new, and where its p
 the whole text, it now looks at the text so far as well: tables are read at the tokens' positions, and each attention
 scores the kept keys beside the new ones. Kept rows are never copied: two products take the place of one product of a
 concatenation. What is kept lies wherever there is room, each row with its position; a row with a negative one is empty.
+
+Where every attention allows it there is a second form of the step, for engines that write new rows into the buffers of
+the kept ones (``optpass.appending``): there the filled rows of a text come first, and the new ones go behind them.
 """
 
 from __future__ import annotations
@@ -16,19 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import functional
 
-from optpass.causal import Cached, Causal
+from optpass import appending  # noqa: F401 - registers the op
+from optpass.causal import Cached, Causal, Visible
 from optpass.kernels.tree_attention import tree_attention
 from optpass.kernels.tree_attention.reference import unfolded
 from optpass.layout import same
-from optpass.program import Range, Stage, TensorSpec
+from optpass.program import Range, Stage, TensorSpec, op_name
 from optpass.rewrite import Rewritten
-from optpass.runtime.kept import DEPTH, PAST_POSITION, PICK, PIECE, PLACE, POSITION, TREE
-from optpass.runtime.manifest import PREFILL, STEP
+from optpass.runtime.kept import DEPTH, LENGTH, PARENT, PAST_POSITION, PICK, PIECE, PLACE, POSITION, TREE
+from optpass.runtime.manifest import PREFILL, PRESENT, STEP
 from optpass.structure import hint, valued
 
 BATCH, TOKENS, PAST, PICKED = "batch", "tokens", "past_", "picked"
 """Dynamic dimensions of a step: texts, new tokens of each, rows that a group keeps, tokens whose outputs are wanted."""
+
+Angles = tuple[Node | None, Node | None]
+"""Cosines and sines ``[context, head_dim / 2]``, or neither."""
 
 Finish = Callable[[Graph, Mapping[str, Node], dict[str, Node]], None]
 """Called with the graph, its inputs and its outputs by name; it may change the outputs."""
@@ -54,27 +62,56 @@ def step(causal: Causal, *, tree: bool = False, finish: Finish | None = None) ->
         A stage ``step``: ids, the inputs of ``optpass.runtime.kept``, and for each attention the kept ``past_key_N``
         and ``past_value_N`` ``[batch, key heads, past, head_dim]``; it returns the outputs of the model for the picked
         tokens, or for all where nothing can be picked, and the new rows ``key_N`` and ``value_N``
-        ``[batch, key heads, tokens, head_dim]``.
+        ``[batch, key heads, tokens, head_dim]``. Its form ``in_place``, where there is one, is told in
+        ``length_G [batch]`` how many rows of each text are filled, and returns ``present_key_N`` and
+        ``present_value_N``, the buffers with the new rows behind those.
     """
-    made = _Step(causal, tree)
+    made = _built(causal, tree, finish, in_place=False)
+    return replace(made, in_place=_built(causal, tree, finish, in_place=True)) if _may_append(causal) else made
+
+
+def _built(causal: Causal, tree: bool, finish: Finish | None, in_place: bool) -> Stage:
+    made = _Step(causal, tree, in_place)
     outputs = made.outputs()
     if finish is not None:
         finish(made.graph, made.inputs, outputs)
     made.graph.output(tuple(outputs.values()))
     made.graph.eliminate_dead_code()
+    for name, node in list(made.inputs.items()):
+        if name.startswith(PAST_POSITION) and not node.users and in_place:
+            made.graph.erase_node(node)
+            del made.inputs[name]
     module = GraphModule(made.attributes(), made.graph)
     return _traced(causal, module, list(outputs), made.inputs)
 
 
+def _may_append(causal: Causal) -> bool:
+    """Whether every attention has rows of its own, of one width, as ``append_attention`` takes them."""
+    if len(kept(causal)) < len(causal.attentions):
+        return False
+    for cached in causal.attentions:
+        query: Any = cached.node.args[0]
+        values = [n.meta["val"] for n in (query, cached.key, cached.value)]
+        if any(value.dim() != 4 or value.dtype != torch.float32 for value in values):
+            return False
+        if len({value.shape[3] for value in values}) > 1 or not all(isinstance(v.shape[1], int) for v in values):
+            return False
+    return True
+
+
 class _Step:
-    def __init__(self, causal: Causal, tree: bool) -> None:
+    def __init__(self, causal: Causal, tree: bool, in_place: bool) -> None:
         self.causal = causal
+        self.in_place = in_place
         self.graph = Graph()
         self.new: dict[Node, Node] = {}
         self.constants: dict[str, Tensor] = {}
+        self.angles: dict[str, Node] = {}
         self.read: dict[tuple[Node, int, int], Node] = {}
         self.biases: dict[Any, Node] = {}
         self.rows: dict[tuple[Node, Node], int] = {}
+        self.present: dict[str, Node] = {}
+        self.starts: dict[int, Node] = {}
         self.kept: list[tuple[Node, Node]] = []
         old = self.causal.structure.module.graph
         self.valued = valued(causal.structure.module)
@@ -85,7 +122,10 @@ class _Step:
         self.new[ids] = self.ids
         self.inputs = {causal.ids.name: self.ids}
         groups = [f"{PAST_POSITION}{group}" for group in sorted({cached.group for cached in causal.attentions})]
-        for name in (POSITION, *groups, *([PICK] if causal.head else []), *([TREE, DEPTH] if tree else [])):
+        if in_place:
+            groups += [group.replace(PAST_POSITION, LENGTH) for group in groups]
+        shape = [TREE, DEPTH, PARENT] if tree else []
+        for name in (POSITION, *groups, *([PICK] if causal.head else []), *shape):
             self.inputs[name] = self.graph.placeholder(name)
         for number, (_, pair) in enumerate(kept(causal)):
             self.rows[pair] = number
@@ -110,6 +150,8 @@ class _Step:
         returned: Any = graph.output_node().args[0]
         names = (spec.name for spec in self.causal.stage.outputs)
         results = {name: self.new[node] for name, node in zip(names, returned, strict=True)}
+        if self.in_place:
+            return {**results, **self.present}
         for (key, value), number in self.rows.items():
             results[f"key_{number}"] = self._apart(key)
             results[f"value_{number}"] = self._apart(value)
@@ -155,6 +197,8 @@ class _Step:
     def _attention(self, node: Node) -> Node:
         cached = self.by_node[node]
         past = self.kept[self.rows[cached.key, cached.value]]
+        if self.in_place:
+            return self._appended(cached, past)
         bias = self._bias(cached)
         query: Any = node.args[0]
         new = (self.new[n] for n in (query, cached.key, cached.value))
@@ -172,6 +216,66 @@ class _Step:
                 made = self.graph.call_function(_slope, (made, self.positions, past, list(visible.slopes)))
             self.biases[key] = made
         return self.biases[key]
+
+    def _appended(self, cached: Cached, past: tuple[Node, Node]) -> Node:
+        number = self.rows[cached.key, cached.value]
+        if cached.group not in self.starts:
+            length = self.inputs[f"{LENGTH}{cached.group}"]
+            self.starts[cached.group] = self.graph.call_function(_start, (length, past[0], self.ids))
+        start, visible = self.starts[cached.group], cached.visible
+        query: Any = cached.node.args[0]
+        key = cached.key
+        angles: Angles = (None, None)
+        turned = [self._unrotated(n) for n in (query, key)]
+        if turned[0] is not None and turned[1] is not None and turned[0][1] == turned[1][1]:
+            (query, angles), (key, _) = turned[0], turned[1]
+        bias = None
+        if TREE in self.inputs or visible != Visible():
+            bias = self._bias_in_place(cached, start, past[0])
+        new = (self.new[n] for n in (query, key, cached.value))
+        args = (*new, *past, start, self.positions, *angles, bias, cached.scale)
+        made = self._on_behalf(
+            self.graph.call_function(torch.ops.optpass_step.append_attention.default, args), cached.node
+        )
+        for place, kind in enumerate(("key", "value"), 1):
+            name = f"{PRESENT}{kind}_{number}"
+            self.present[name] = self.graph.call_function(operator.getitem, (made, place))
+        return self.graph.call_function(operator.getitem, (made, 0))
+
+    def _bias_in_place(self, cached: Cached, start: Node, past: Node) -> Node:
+        visible = cached.visible
+        key = (visible, cached.group)
+        if key not in self.biases:
+            place = self.inputs[f"{PAST_POSITION}{cached.group}"] if visible != Visible() else None
+            slopes = None if visible.slopes is None else list(visible.slopes)
+            args = (start, self.positions, past, place, self.inputs.get(TREE), visible.window, slopes)
+            self.biases[key] = self.graph.call_function(_bias_in_place, args)
+        return self.biases[key]
+
+    def _unrotated(self, node: Node) -> tuple[Node, Angles] | None:
+        """What is rotated to ``node`` by halves, and the tables of it, ``x * cos + cat(-second, first) * sin``."""
+        if op_name(node) != "add":
+            return None
+        for terms in (node.args, node.args[::-1]):
+            plain, crossed = (_factors(term, self.causal.tables) for term in terms)
+            if plain is not None and crossed is not None and _crosses(crossed[0], plain[0]):
+                angles = self._half(plain[1]), self._half(crossed[1])
+                return (plain[0], angles) if None not in angles else None
+        return None
+
+    def _half(self, node: Node) -> Node | None:
+        """A table of angles ``[context, head_dim / 2]``, of one whose halves are alike."""
+        table = self.causal.tables[node]
+        rows = table.rows.movedim(table.dim, 0).flatten(1)
+        first, second = rows.chunk(2, -1)
+        if rows.shape[1] % 16 or rows.dtype != torch.float32 or not torch.equal(first, second):
+            return None
+        name = f"angles_{node.name}"
+        if name not in self.constants:
+            # a row for each that there may be room for, of which those beyond the context are not read
+            self.constants[name] = functional.pad(first, (0, 0, 0, PIECE))
+            self.angles[name] = self.graph.get_attr(name)
+        return self.angles[name]
 
     def _apart(self, node: Node) -> Node:
         """Rows ``[batch, heads, tokens, head_dim]``, also of an attention that has batch and heads in one."""
@@ -225,8 +329,75 @@ def _slope(bias: Tensor, positions: Tensor, past: Tensor, slopes: list[float]) -
     return bias + torch.tensor(slopes).view(-1, 1, 1) * keys.unsqueeze(1)
 
 
+def _start(length: Tensor, past: Tensor, ids: Tensor) -> Tensor:
+    # no more than the room allows: a step that is run on its own may be given less
+    return length.clamp(max=past.shape[2] - ids.shape[1])
+
+
+def _bias_in_place(
+    start: Tensor,
+    positions: Tensor,
+    past: Tensor,
+    place: Tensor | None,
+    tree: Tensor | None,
+    window: int | None,
+    slopes: list[float] | None,
+) -> Tensor:
+    """``[batch, heads or 1, tokens, room]``; that a token sees none after it is the attention's own business."""
+    behind = torch.arange(past.shape[2]).unsqueeze(0) - start.unsqueeze(1)  # [batch, room], of the new tokens which
+    number = behind.clamp(0, positions.shape[1] - 1)
+    old = behind < 0
+    seen = old.unsqueeze(1)
+    if tree is not None:
+        seen = seen | tree.gather(2, number.unsqueeze(1).expand(-1, tree.shape[1], -1))
+    else:
+        seen = seen | ~seen
+    if place is None:
+        return torch.where(seen, 0.0, HIDDEN).unsqueeze(1)
+    before = torch.where(old, place, positions.gather(1, number)).unsqueeze(1) - positions.unsqueeze(-1)
+    if window is not None:
+        seen = seen & (before > -window)
+    bias = torch.where(seen, 0.0, HIDDEN).unsqueeze(1)
+    return bias if slopes is None else bias + torch.tensor(slopes).view(-1, 1, 1) * before.unsqueeze(1)
+
+
 def _picked(stream: Tensor, pick: Tensor) -> Tensor:
     return stream.gather(1, pick.unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+
+
+# rotation
+
+
+def _factors(term: Any, tables: Mapping[Node, Any]) -> tuple[Node, Node] | None:
+    """A product of a value and a table."""
+    if not isinstance(term, Node) or op_name(term) != "mul":
+        return None
+    for value, table in (term.args, term.args[::-1]):
+        if isinstance(value, Node) and isinstance(table, Node) and table in tables and value not in tables:
+            return value, table
+    return None
+
+
+def _crosses(node: Node, source: Node) -> bool:
+    """Whether a node is the second half of ``source``, negated, and its first half behind it."""
+    if op_name(node) != "cat" or not isinstance(node.args[0], list | tuple) or len(node.args[0]) != 2:
+        return False
+    negated: Any
+    first: Any
+    negated, first = node.args[0]
+    if op_name(negated) != "neg" or node.args[1] not in (-1, 3):
+        return False
+    half = source.meta["val"].shape[-1] // 2
+    return _span(negated.args[0], source) == (half, 2 * half) and _span(first, source) == (0, half)
+
+
+def _span(node: Node, source: Node) -> tuple[int, int] | None:
+    """Where a slice of the last dimension of ``source`` begins and ends."""
+    if op_name(node) != "slice" or node.args[0] is not source or node.args[1] not in (-1, 3) or len(node.args) > 4:
+        return None
+    size = source.meta["val"].shape[-1]
+    given: list[Any] = [*node.args[2:], None, None]
+    return int(given[0] or 0), size if given[1] is None else min(int(given[1]), size)
 
 
 # tracing
@@ -241,6 +412,7 @@ def _traced(causal: Causal, module: GraphModule, outputs: list[str], inputs: dic
         PICK: (BATCH, PICKED),
         TREE: (BATCH, TOKENS, TOKENS),
         DEPTH: (BATCH, TOKENS),
+        PARENT: (BATCH, TOKENS),
     }
     for number, (cached, _) in enumerate(kept(causal)):
         for kind in ("key", "value"):
@@ -248,11 +420,14 @@ def _traced(causal: Causal, module: GraphModule, outputs: list[str], inputs: dic
             _, heads, _, width = example[name].shape
             shapes[name] = (BATCH, heads, f"{PAST}{cached.group}", width)
         shapes[f"{PAST_POSITION}{cached.group}"] = (BATCH, f"{PAST}{cached.group}")
+        shapes[f"{LENGTH}{cached.group}"] = (BATCH,)
     if isinstance(batch, int):
         shapes = {name: (batch, *shape[1:]) for name, shape in shapes.items()}
     specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), shapes[n]) for n, t in example.items()]
     used = {size for spec in specs for size in spec.shape if isinstance(size, str)}
-    few, long = Range(1, min(PIECE, causal.context)), Range(1, causal.context)
+    few = Range(1, min(PIECE, causal.context))
+    # new rows that are written in place need room, those of wrong guesses too
+    long = Range(1, causal.context + few.maximum * (f"{LENGTH}0" in inputs))
     ranges = {name: long if name.startswith(PAST) else few for name in sorted(used - {BATCH})}
     if isinstance(batch, str):
         ranges[BATCH] = causal.stage.ranges[batch]
@@ -309,20 +484,23 @@ def _example(causal: Causal, names: list[str]) -> dict[str, Tensor]:
     batch, past, new = len(ids), 4, min(3, ids.shape[1])
     generator = torch.Generator().manual_seed(0)
     filled = past - torch.arange(batch) % 2
-    position = torch.arange(past).expand(batch, -1)
     found = {
         causal.ids.name: ids[:, :new],
         POSITION: filled,
         PICK: torch.arange(new).expand(batch, -1).clone(),
         TREE: torch.ones(batch, new, new, dtype=torch.bool).tril(),
         DEPTH: torch.arange(new).expand(batch, -1).clone(),
+        PARENT: (torch.arange(new) - 1).clamp(min=0).expand(batch, -1).clone(),
     }
+    room = past + (new if f"{LENGTH}0" in names else 0)
     for number, (cached, nodes) in enumerate(kept(causal)):
+        position = torch.arange(room).expand(batch, -1)
         found[f"{PAST_POSITION}{cached.group}"] = position.masked_fill(position >= filled.unsqueeze(1), -1)
+        found[f"{LENGTH}{cached.group}"] = filled.clone()  # two inputs, not one given twice
         for kind, node in zip(("key", "value"), nodes, strict=True):
             value = node.meta["val"]
             heads = value.shape[1] if value.dim() == 4 else hint(value.shape[0]) // batch
-            shape = (batch, int(heads), past, int(value.shape[-1]))
+            shape = (batch, int(heads), room, int(value.shape[-1]))
             found[past_name(kind, number)] = torch.randn(shape, generator=generator, dtype=value.dtype)
     return {name: found[name] for name in names}
 

@@ -19,7 +19,7 @@ from optpass import stepping
 from optpass.causal import Causal
 from optpass.passes.base import Options, Staging
 from optpass.program import Stage
-from optpass.runtime.kept import ACCEPTED, CANDIDATES, DEPTH, ORDER, ROWS, TOKEN, TREE
+from optpass.runtime.kept import ACCEPTED, CANDIDATES, DEPTH, ORDER, PARENT, ROWS, TOKEN, TREE
 
 
 class SpeculateOptions(Options):
@@ -48,14 +48,14 @@ class Speculate(Staging):
         logits = next(iter(outputs.values()))
         best = graph.call_function(_candidates, (logits, max(self.options.candidates, 1)))
         token = graph.call_function(_first, (best,))
-        accepted = graph.call_function(_accepted, (ids, inputs[TREE], inputs[DEPTH], token))
+        accepted = graph.call_function(_accepted, (ids, inputs[TREE], inputs[DEPTH], inputs[PARENT], token))
         order = graph.call_function(_accepted_first, (accepted,))
         for name, rows in outputs.items():
             if name.startswith(ROWS):
                 outputs[name] = graph.call_function(_compacted, (rows, order))
         outputs[TOKEN] = token
         outputs[ORDER] = order
-        outputs[ACCEPTED] = graph.call_function(_count, (accepted, inputs[DEPTH]))
+        outputs[ACCEPTED] = graph.call_function(_count, (accepted,))
         if self.options.candidates:
             outputs |= {name: graph.call_function(operator.getitem, (best, i)) for i, name in enumerate(CANDIDATES)}
 
@@ -67,27 +67,24 @@ def _first(best: tuple[Tensor, Tensor]) -> Tensor:
     return best[0][..., 0]
 
 
-def _accepted(ids: Tensor, tree: Tensor, depth: Tensor, token: Tensor) -> Tensor:
+def _accepted(ids: Tensor, tree: Tensor, depth: Tensor, parent: Tensor, token: Tensor) -> Tensor:
     """Nodes whose whole path is what the model would have said, bool ``[batch, tokens]``; the first one always is."""
-    above = tree & (depth.unsqueeze(1) == depth.unsqueeze(2) - 1)  # [batch, node, its parent]
     # ids go through a gather, since half precisions do not hold them; of a prompt not every token is picked
-    parent = above.to(torch.float32).argmax(-1).clamp(max=token.shape[1] - 1)
-    expected = token.gather(1, parent)
-    first = (torch.arange(ids.shape[1]) == 0).unsqueeze(0)
-    agreed = first | ((depth > 0) & (ids == expected))
-    wrong = torch.matmul(tree.to(torch.float32), torch.where(agreed, 0.0, 1.0).unsqueeze(-1)).squeeze(-1)
-    return wrong == 0
+    expected = token.gather(1, parent.clamp(max=token.shape[1] - 1))
+    agreed = (depth > 0) & (ids == expected)
+    right = torch.matmul(tree.to(torch.float32), agreed.to(torch.float32).unsqueeze(-1)).squeeze(-1)
+    return right == depth.to(torch.float32)
 
 
 def _accepted_first(accepted: Tensor) -> Tensor:
-    """Node numbers, the accepted ones in front in the order of their depth, int64 ``[batch, tokens]``."""
+    """Node numbers, the accepted ones in front, parents before children, int64 ``[batch, tokens]``."""
     place = torch.arange(accepted.shape[1]).unsqueeze(0)
     return torch.where(accepted, place, place + accepted.shape[1]).argsort(1)
 
 
-def _count(accepted: Tensor, depth: Tensor) -> Tensor:
-    """How many nodes are accepted, int64 ``[batch]``: the deepest of them tells."""
-    return torch.where(accepted, depth, 0).amax(1) + 1
+def _count(accepted: Tensor) -> Tensor:
+    """How many nodes are accepted, int64 ``[batch]``: one of each depth, since siblings differ."""
+    return accepted.to(torch.int64).sum(1)
 
 
 def _compacted(rows: Tensor, order: Tensor) -> Tensor:

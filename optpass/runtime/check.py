@@ -198,9 +198,9 @@ def _difference(expected: Sampled, found: Array | None) -> float:
     return float(np.abs(a[~same] - b[~same]).max(initial=0.0))
 
 
-def reference_path(role: str, stage: str) -> str:
-    """Where the recorded outputs of a stage are, inside an artifact."""
-    return f"recorded/{role}/{stage}.npz"
+def reference_path(role: str, form: str) -> str:
+    """Where the recorded outputs of a form of a stage are, inside an artifact."""
+    return f"recorded/{role}/{form}.npz"
 
 
 def read(folder: Path, manifest: Manifest, engine: str) -> Reference:
@@ -210,7 +210,7 @@ def read(folder: Path, manifest: Manifest, engine: str) -> Reference:
         OptpassError: it recorded nothing.
     """
     entry = manifest.engines[engine]
-    name = reference_path(entry.role, entry.stage)
+    name = reference_path(entry.role, entry.form)
     if name not in manifest.files:
         raise OptpassError("reference", f"{folder} recorded no outputs for {engine}", "rebuild the artifact")
     return Reference.read(folder / name)

@@ -24,6 +24,7 @@ from optpass.runtime.generation import Generation, Progress
 from optpass.runtime.kept import (
     CANDIDATES,
     DEPTH,
+    PARENT,
     PICK,
     PIECE,
     PLACE,
@@ -38,6 +39,7 @@ from optpass.runtime.manifest import Engine, Manifest, TensorInfo
 from optpass.runtime.pace import Pace
 from optpass.runtime.sampling import Sampling
 from optpass.runtime.session import Session, check_inputs
+from optpass.runtime.trees import Batch
 
 Stop = int | Sequence[int]
 
@@ -90,7 +92,8 @@ class Generator(Session):
     @property
     def context(self) -> int:
         """The most tokens of a text."""
-        return self.engine.dynamic["past_0"].maximum
+        spare = self.engine.dynamic["tokens"].maximum if self.engine.writes else 0
+        return self.engine.dynamic["past_0"].maximum - spare
 
     @property
     def vocabulary(self) -> int:
@@ -109,22 +112,22 @@ class Generator(Session):
         return Kept(self.engine.inputs, batch, self.context, ahead)
 
     def step(
-        self, kept: Kept, tokens: Array, pick: Array, tree: Array | None = None, wanted: Sequence[str] | None = None
+        self, kept: Kept, tokens: Array, pick: Array, tree: Batch | None = None, wanted: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run new tokens on what is kept, without keeping them: ``kept.append`` does that.
 
         Args:
-            kept: the state, which is not changed.
+            kept: the state; an engine that writes in place writes behind what is kept, and nothing else is changed.
             tokens: int64 ``[batch, tokens]``.
             pick: int64 ``[batch, picked]``, which of them the outputs are wanted of.
-            tree: bool ``[batch, tokens, tokens]``, which tokens each one continues; one after the other by default.
+            tree: which tokens each one continues; one after the other by default.
             wanted: outputs to return beside the new rows; all by default.
         """
+        kept.reserve(tokens.shape[1])
         arrays = {self.ids.name: tokens, POSITION: kept.position, PICK: pick, **kept.arrays()}
         if self.verifies:
-            if tree is None:
-                tree = np.broadcast_to(np.tri(tokens.shape[1], dtype=bool), (*tokens.shape, tokens.shape[1])).copy()
-            arrays |= {TREE: tree, DEPTH: tree.sum(-1, dtype=np.int64) - 1}
+            tree = tree or Batch.chains(*tokens.shape)
+            arrays |= {TREE: tree.mask, DEPTH: tree.depth, PARENT: tree.parent}
         numbers, names = self._asked(None if wanted is None else tuple(wanted))
         results = self.call(self._opened, [arrays[name] for name in self._given], numbers)
         found = dict(zip(names, results, strict=True))

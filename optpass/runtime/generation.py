@@ -11,9 +11,9 @@ import numpy as np
 
 from optpass.runtime.drafters.base import Drafter
 from optpass.runtime.engines.base import Array
-from optpass.runtime.kept import ACCEPTED, CANDIDATES, ORDER, PIECE, ROWS, TOKEN, everyone
+from optpass.runtime.kept import ACCEPTED, CANDIDATES, ORDER, PIECE, TOKEN, everyone
 from optpass.runtime.sampling import Sampling, accept_tree, draw
-from optpass.runtime.trees import Tree, checked
+from optpass.runtime.trees import Batch, Tree, checked
 
 if TYPE_CHECKING:
     from optpass.runtime.generate import Generator
@@ -71,7 +71,7 @@ class Generation:
         self.wanted = [TOKEN, ORDER, ACCEPTED] if self.in_graph else [self.logits, ORDER]
         self.learns = any(type(drafter).observe is not Drafter.observe for drafter in drafters)
         self.first = np.zeros((len(prompts), 1), np.int64)
-        self.alone = np.ones((len(prompts), 1, 1), bool)
+        self.alone = Batch.chains(len(prompts), 1)
         self.waiting: list[list[int]] = [[] for _ in prompts]
         self.progress = model.last = Progress()
 
@@ -166,13 +166,10 @@ class Generation:
     def _verify(self, trees: list[Tree], width: int) -> tuple[list[list[int]], list[int]]:
         """Run the trees of all texts in one step and keep the accepted rows; the paths, and the token after each."""
         tokens = np.zeros((len(trees), width), np.int64)
-        seen = np.zeros((len(trees), width, width), bool)
-        seen[:, np.arange(width), np.arange(width)] = True
         for text, tree in enumerate(trees):
             tokens[text, : len(tree)] = tree.tokens
-            seen[text, : len(tree), : len(tree)] = tree.mask
         wanted = [*self.wanted, *CANDIDATES] if self.learns else self.wanted
-        results = self.model.step(self.kept, tokens, everyone(tokens), seen, wanted)
+        results = self.model.step(self.kept, tokens, everyone(tokens), Batch.of(trees, width), wanted)
         paths: list[list[int]] = []
         ends: list[int] = []
         for text, tree in enumerate(trees):
@@ -189,10 +186,19 @@ class Generation:
                 before = np.where(tree.parent >= 0, tree.tokens[tree.parent], self.tails[text][-2])
                 self._observe(text, tree.tokens, before, results)
         counts = np.array([1 + len(path) if self.left[text] else 0 for text, path in enumerate(paths)], np.int64)
-        if not self.in_graph and ORDER in results:
-            results = _reordered(results, paths)
-        self.kept.append(results, counts)
+        self.kept.append(results, counts, self._rows(results, paths))
         return paths, ends
+
+    def _rows(self, results: dict[str, Array], paths: list[list[int]]) -> list[list[int]] | None:
+        """Where the rows of the anchors and paths lie; None where the graph has put them in front."""
+        nodes = [[0, *path] for path in paths]
+        if self.kept.in_place:
+            return nodes
+        if self.in_graph:
+            return None
+        # drawn paths are not those that the graph has found for its own
+        places = np.argsort(results[ORDER], 1)
+        return [places[text, path].tolist() for text, path in enumerate(nodes)]
 
     def _committed(self, text: int, tokens: list[int]) -> list[int]:
         """The tokens up to the end of the text, which a stop sequence or the number of tokens decides."""
@@ -220,14 +226,3 @@ def _shallow(tree: Tree, depth: int) -> Tree:
     place = np.full(len(tree) + 1, -1)
     place[keep] = np.arange(len(keep))
     return Tree(tree.tokens[keep], place[tree.parent[keep]])
-
-
-def _reordered(results: dict[str, Array], paths: list[list[int]]) -> dict[str, Array]:
-    """New rows with those of ``paths`` in front, from rows that lie in the order that the graph found for its own."""
-    place = np.argsort(results[ORDER], 1)
-    longest = 1 + max(map(len, paths))
-    nodes = np.zeros((len(paths), longest), np.int64)
-    for text, path in enumerate(paths):
-        nodes[text, 1 : 1 + len(path)] = path
-    index = np.take_along_axis(place, nodes, 1)[:, None, :, None]
-    return {name: np.take_along_axis(rows, index, 2) for name, rows in results.items() if name.startswith(ROWS)}

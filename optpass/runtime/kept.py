@@ -1,9 +1,9 @@
 """What is kept of several texts between two steps: keys and values of each attention, in buffers with room to grow.
 
 A step reads the buffers as they are, with the empty rows hidden by their positions, and its new rows are written in
-place: what a token costs does not hold a copy of the cache. Where the room ends a buffer grows by an eighth, or by what
-is known to come. Attentions behind a place where tokens of the prompt were pruned hold fewer rows than those before it:
-they are groups.
+place, by the engine or here: what a token costs does not hold a copy of the cache. Where the room ends a buffer grows
+by an eighth, or by what is known to come. Attentions behind a place where tokens of the prompt were pruned hold fewer
+rows than those before it: they are groups.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from optpass.errors import OptpassError
 from optpass.runtime.engines.base import Array
 from optpass.runtime.manifest import TensorInfo
 
-POSITION, PAST_POSITION, PICK, TREE, DEPTH = "position", "past_position_", "pick", "tree", "depth"
+POSITION, PAST_POSITION, PICK, TREE, DEPTH, PARENT = "position", "past_position_", "pick", "tree", "depth", "parent"
 """Inputs of a step beside the ids and the kept rows.
 
 ``position [batch]``: of the first new token. ``past_position_G [batch, past_G]``: of each kept row of a group, or
 negative where there is none.
 ``pick [batch, picked]``: the new tokens whose outputs are wanted, by their number. ``tree [batch, tokens, tokens]``:
-which new tokens each of them continues, itself among them, and ``depth [batch, tokens]`` how many those are beside
-itself; without a tree each continues all before it.
+which new tokens each of them continues, itself among them, ``depth [batch, tokens]`` how many those are beside itself
+and ``parent [batch, tokens]`` the last of these; without a tree each continues all before it.
 """
+
+LENGTH = "length_"
+"""Input of a step that writes in place, ``length_G [batch]``: the filled rows of a group, behind which new ones go. Its
+outputs ``present_key_N`` and ``present_value_N`` lie where ``past_key_N`` and ``past_value_N`` do."""
 
 PAST = ("past_key_", "past_value_")
 ROWS = ("key_", "value_")
@@ -55,11 +59,15 @@ class Kept:
         places: int64 ``[batch, room]`` for each group, the positions of its rows.
         context: the most tokens of a text.
         ahead: rows that a buffer has free at least when it has grown.
+        in_place: whether steps write their rows here themselves.
     """
 
     def __init__(self, inputs: Sequence[TensorInfo], batch: int, context: int, ahead: int = 0) -> None:
         self.context, self.ahead = context, ahead
-        self.groups = [info.name.removeprefix(PAST_POSITION) for info in inputs if info.name.startswith(PAST_POSITION)]
+        names = [info.name for info in inputs]
+        self.in_place = any(name.startswith(LENGTH) for name in names)
+        mark = LENGTH if self.in_place else PAST_POSITION
+        self.groups = [name.removeprefix(mark) for name in names if name.startswith(mark)]
         self.position = np.zeros(batch, np.int64)
         self.length = np.zeros((len(self.groups), batch), np.int64)
         room = min(LEAST_ROOM, context)
@@ -75,8 +83,16 @@ class Kept:
 
     def arrays(self) -> dict[str, Array]:
         """The inputs of a step that hold what is kept; its arrays are those of this object."""
-        places = zip((f"{PAST_POSITION}{group}" for group in self.groups), self.places, strict=True)
-        return {**dict(places), **self.rows}
+        found = {f"{PAST_POSITION}{group}": places for group, places in zip(self.groups, self.places, strict=True)}
+        if self.in_place:
+            found |= {f"{LENGTH}{group}": length for group, length in zip(self.groups, self.length, strict=True)}
+        return {**found, **self.rows}
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many new rows of each text, where steps write them."""
+        if self.in_place:
+            for group, length in enumerate(self.length):
+                self._grow(group, int(length.max()) + tokens)
 
     def check_room(self, tokens: int) -> None:
         """Refuse tokens that the context cannot hold.
@@ -91,18 +107,35 @@ class Kept:
                 "context", what, "shorten the prompt, ask for fewer tokens, or optimize for a longer one"
             )
 
-    def append(self, new: Mapping[str, Array], counts: Array) -> None:
-        """Keep the first ``counts [batch]`` rows of what a step returned.
+    def append(self, new: Mapping[str, Array], counts: Array, nodes: Sequence[Sequence[int]] | None = None) -> None:
+        """Keep new rows of a step.
 
         Args:
-            new: ``key_N`` and ``value_N``, ``[batch, key heads, tokens, head_dim]``.
-            counts: rows of each text.
+            new: ``key_N`` and ``value_N``, ``[batch, key heads, tokens, head_dim]``; none where steps write in place.
+            counts: rows of each text, int64 ``[batch]``.
+            nodes: for each text the numbers of its rows; the first ones by default.
         """
         for text, (first, count) in enumerate(zip(self.position.tolist(), counts.tolist(), strict=True)):
             places = np.arange(first, first + count)
+            picked = list(nodes[text][:count]) if nodes is not None and count else []
+            picked = [] if picked == list(range(count)) else picked
             for group in range(len(self.groups)):
-                self._write(text, group, new, text, places)
+                if self.in_place:
+                    self._move(text, group, places, picked)
+                else:
+                    self._write(text, group, new, text, places, picked)
         self.position += counts
+
+    def _move(self, text: int, group: int, places: Array, picked: list[int]) -> None:
+        """Take rows as kept that lie behind those that are, ``picked`` of them or the first."""
+        start = int(self.length[group, text])
+        stop = start + len(places)
+        self.places[group][text, start:stop] = places
+        if picked:
+            for name, _ in self._members[group]:
+                rows = self.rows[name][text]
+                rows[:, start:stop] = rows[:, [start + node for node in picked]]
+        self.length[group, text] = stop
 
     def fill(self, text: int, new: Mapping[str, Array], row: int, places: Sequence[Array], tokens: int) -> None:
         """Begin a text with rows of a prompt of which some tokens were pruned.
@@ -128,7 +161,7 @@ class Kept:
     def fork(self, texts: Sequence[int]) -> Kept:
         """A state of its own that holds copies of ``texts``, by their number, in that order."""
         made = object.__new__(Kept)
-        made.context, made.ahead = self.context, self.ahead
+        made.context, made.ahead, made.in_place = self.context, self.ahead, self.in_place
         made.groups, made._members = self.groups, self._members
         index = np.asarray(texts, np.int64)
         made.position, made.length = self.position[index], self.length[:, index]
@@ -136,14 +169,17 @@ class Kept:
         made.rows = {name: rows[index] for name, rows in self.rows.items()}
         return made
 
-    def _write(self, text: int, group: int, new: Mapping[str, Array], row: int, places: Array) -> None:
+    def _write(
+        self, text: int, group: int, new: Mapping[str, Array], row: int, places: Array, picked: Sequence[int] = ()
+    ) -> None:
         count = len(places)
         start = int(self.length[group, text])
         stop = start + count
         self._grow(group, stop)
         self.places[group][text, start:stop] = places
         for name, source in self._members[group]:
-            self.rows[name][text, :, start:stop] = new[source][row, :, :count]
+            rows = new[source][row]
+            self.rows[name][text, :, start:stop] = rows[:, list(picked)] if picked else rows[:, :count]
         self.length[group, text] = stop
 
     def _grow(self, group: int, wanted: int) -> None:

@@ -23,6 +23,9 @@ STEP, PREFILL = "step", "prefill"
 """Names of the stage that continues a text, whose twin without passes is the whole model, ``main``, and of the one that
 takes the prompt, where passes drop tokens of it."""
 
+PRESENT, IN_PLACE = "present_", "-in-place"
+"""What names of outputs begin with that lie where the inputs ``past_...`` do, and the name of a stage that has such."""
+
 LIBRARIES = (
     "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
     "torch", "transformers",
@@ -87,6 +90,16 @@ class Engine(Result):
     def twin(self) -> str:
         """The id of the engine without passes that it is compared with, which may be missing."""
         return engine_id(self.backend, self.precision, "dense", "main" if self.stage == STEP else self.stage)
+
+    @property
+    def form(self) -> str:
+        """The stage, and whether it is the form of it that writes in place: what its recorded outputs go by."""
+        return self.stage + IN_PLACE * self.writes
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes new rows into buffers that it is given, its outputs ``present_...``."""
+        return any(info.name.startswith(PRESENT) for info in self.outputs)
 
     @property
     def declared(self) -> list[str]:

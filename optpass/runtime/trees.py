@@ -82,6 +82,40 @@ class Tree:
         return found[::-1]
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The trees of several texts, as a step takes them.
+
+    Attributes:
+        mask: bool ``[batch, nodes, nodes]``, of each tree its ``mask``; what pads a smaller one sees itself alone.
+        depth: int64 ``[batch, nodes]``; what pads is deeper than anything it sees, so that it is never accepted.
+        parent: int64 ``[batch, nodes]``; that of the anchor is the anchor.
+    """
+
+    mask: NDArray[np.bool_]
+    depth: Ids
+    parent: Ids
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree], width: int) -> Batch:
+        """Trees of at most ``width`` nodes."""
+        mask = np.broadcast_to(np.eye(width, dtype=bool), (len(trees), width, width)).copy()
+        depth, parent = np.full((len(trees), width), 2), np.zeros((len(trees), width), np.int64)
+        for text, tree in enumerate(trees):
+            count = len(tree)
+            mask[text, :count, :count] = tree.mask
+            depth[text, :count] = tree.depth
+            parent[text, 1:count] = tree.parent[1:]
+        return cls(mask, depth, parent)
+
+    @classmethod
+    def chains(cls, texts: int, width: int) -> Batch:
+        """Tokens one after the other, for each text."""
+        mask = np.broadcast_to(np.tri(width, dtype=bool), (texts, width, width)).copy()
+        depth = np.broadcast_to(np.arange(width), (texts, width)).copy()
+        return cls(mask, depth, np.maximum(depth - 1, 0))
+
+
 class Grower:
     """Makes a tree node by node: a token that a parent has already is the node that it has, and a budget is kept."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional
 
 from optpass import incremental, stepping
@@ -22,7 +23,7 @@ from optpass.grammar import parse
 from optpass.incremental import Eager
 from optpass.manager import apply
 from optpass.passes import speculate
-from optpass.program import Program
+from optpass.program import Program, Stage
 from optpass.runtime.generate import Generator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -111,6 +112,18 @@ def test_probe_is_measured_on_every_kind_of_position() -> None:
     assert len(causal("gpt2").tables) == 1
 
 
+def test_forms_that_write_in_place_are_where_every_attention_has_rows_of_its_own() -> None:
+    assert {name for name in CAUSAL if stepping.step(causal(name)).in_place is None} == {"bloom_alibi"}
+    rotated = {name for name in CAUSAL if name != "bloom_alibi" and _rotates(stepping.step(causal(name)).in_place)}
+    assert rotated == {*CAUSAL} - {"bloom_alibi", "gpt2", "opt", "phi", "gpt_neox"}  # the last two rotate a part
+
+
+def _rotates(stage: Stage | None) -> bool:
+    assert stage is not None
+    (first, *_) = (node for node in stage.exported.graph.nodes if "append_attention" in str(node.target))
+    return first.args[7] is not None
+
+
 def test_grouped_heads_are_kept_once() -> None:
     shapes = {spec.name: spec.shape for spec in stepping.step(causal("llama")).inputs}
     assert shapes["past_key_0"] == ("batch", 2, "past_0", 16)  # of 4 query heads
@@ -151,8 +164,30 @@ def unordered(accepted: Tensor) -> Tensor:
     return torch.arange(accepted.shape[1]).unsqueeze(0) + 0 * accepted
 
 
-BIAS = stepping._bias
+def behind_nothing(length: Tensor, past: Tensor, ids: Tensor) -> Tensor:
+    return START(length, past, ids) * 0
+
+
+def unwindowed_in_place(*args: Any) -> Tensor:
+    return BIAS_IN_PLACE(*args[:5], None, args[6])
+
+
+def flat_in_place(*args: Any) -> Tensor:
+    return BIAS_IN_PLACE(*args[:4], None, *args[5:])
+
+
+def turned_back(step: Any, node: Node) -> tuple[Node, tuple[Node, Node]] | None:
+    found = UNROTATED(step, node)
+    return found and (found[0], (found[1][1], found[1][0]))
+
+
+BIAS, BIAS_IN_PLACE, START = stepping._bias, stepping._bias_in_place, stepping._start
+UNROTATED = stepping._Step._unrotated
 FAULTS = {
+    "new rows over old ones": ("llama", "cache", stepping, "_start", behind_nothing),
+    "window forgotten in place": ("mistral_window", "cache", stepping, "_bias_in_place", unwindowed_in_place),
+    "tree taken for a chain in place": ("llama", "cache,speculate", stepping, "_bias_in_place", flat_in_place),
+    "sine for cosine": ("llama", "cache", stepping._Step, "_unrotated", turned_back),
     "window forgotten": ("mistral_window", "cache", stepping, "_bias", unwindowed),
     "empty rows seen": ("llama", "cache", stepping, "_bias", unlimited),
     "tree taken for a chain": ("llama", "cache,speculate", stepping, "_bias", flat),

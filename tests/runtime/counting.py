@@ -14,7 +14,7 @@ import numpy as np
 
 from optpass.runtime.engines.base import Array
 from optpass.runtime.generate import Generator
-from optpass.runtime.kept import ACCEPTED, CANDIDATES, DEPTH, ORDER, PAST_POSITION, PICK, POSITION, TOKEN, TREE
+from optpass.runtime.kept import ACCEPTED, CANDIDATES, DEPTH, ORDER, PARENT, PAST_POSITION, PICK, POSITION, TOKEN, TREE
 from optpass.runtime.manifest import Bounds, Engine, Hardware, Manifest, TensorInfo
 from optpass.runtime.trees import Tree, walk
 
@@ -112,7 +112,8 @@ def generator(
     outputs: dict[str, tuple[str, list[int | str]]] = {"logits": ("float32", ["batch", "picked", vocabulary])}
     outputs |= {"key_0": ("float32", new), "value_0": ("float32", new)}
     if verifies:
-        shapes |= {TREE: ("bool", ["batch", "tokens", "tokens"]), DEPTH: ("int64", ["batch", "tokens"])}
+        shapes |= {name: ("int64", ["batch", "tokens"]) for name in (DEPTH, PARENT)}
+        shapes |= {TREE: ("bool", ["batch", "tokens", "tokens"])}
         outputs |= {TOKEN: ("int64", ["batch", "picked"]), ORDER: ("int64", ["batch", "tokens"])}
         outputs |= {ACCEPTED: ("int64", ["batch"])}
         outputs |= {
