@@ -47,7 +47,7 @@ def finish(
             engine = new.engines[name]
             allowed = _allowed(made, stage, dense)
             if engine.entry not in done:
-                samples, words = _samples(new, name, stage, made, data)
+                samples, words = _samples(new, name, made, data)
                 told[words] = None
                 new.step(f"{made.name} {name}")
                 try:
@@ -113,9 +113,7 @@ def _allowed(made: Finishing, stage: Stage, dense: Stage) -> float:
     return max(made.limit(stage), fidelities.effect(stage, dense))
 
 
-def _samples(
-    new: Writer, name: str, stage: Stage, made: Finishing, data: Arrays | None
-) -> tuple[Sequence[Arrays], str]:
+def _samples(new: Writer, name: str, made: Finishing, data: Arrays | None) -> tuple[Sequence[Arrays], str]:
     """Inputs to calibrate by, and what they are."""
     if not made.samples(new.engines[name].backend):
         return [], ""

@@ -520,7 +520,7 @@ def _append(node: Node) -> None:
     """Replace an attention that writes its rows in place by one in the layout of the linear layers."""
     graph = node.graph
     rows: list[Any] = list(node.args[:3])
-    heads, groups = (n.meta["val"].shape[1] for n in rows[:2])
+    heads, groups = (int(n.meta["val"].shape[1]) for n in rows[:2])
     mixed, *present = node.meta["val"]
     with graph.inserting_before(node):
         flat = [_flat(graph, n, 1) for n in rows]
@@ -532,7 +532,7 @@ def _append(node: Node) -> None:
     for user in list(node.users):
         place: Any = user.args[1]
         if place == 0:
-            _stand_in(user, parts[0], heads, mixed.shape[3])
+            _stand_in(user, parts[0], heads, int(mixed.shape[3]))
         else:
             user.replace_all_uses_with(parts[place])
 

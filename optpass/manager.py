@@ -274,24 +274,27 @@ def _convert(made: Conversion, stages: Sequence[Stage], verify: bool) -> tuple[P
     record = PassRecord(name=made.name, options=made.options.model_dump(exclude_none=True), status="refused")
     if not verify:
         return record.model_copy(update={"status": "placed"}), list(stages)
-    limits = [made.limit(stage) for stage in stages]
+    forms = [form for stage in stages for form in (stage, stage.in_place) if form is not None]
+    limits = [made.limit(form) for form in forms]
     try:
-        converted = [made.convert(stage) for stage in stages]
-        errors = [_error(new.stage, stage) for new, stage in zip(converted, stages, strict=True)]
+        converted = [made.convert(form) for form in forms]
+        errors = [_error(new.stage, form) for new, form in zip(converted, forms, strict=True)]
     except Refused as refused:
         return record.model_copy(update={"reason": str(refused.refusal)}), list(stages)
     except Exception as error:  # noqa: BLE001  a graph that cannot be built or run, whatever the reason, is no result
         return record.model_copy(update=_unbuilt(made, error)), list(stages)
     worst, limit = max(zip(errors, limits, strict=True), key=lambda pair: pair[0] / pair[1])
     ops: Counter[str] = Counter()
-    for new in converted:
-        ops.update(new.ops)
+    for new, form in zip(converted, forms, strict=True):
+        ops.update(new.ops if any(form is stage for stage in stages) else {})
     stayed = list(dict.fromkeys(text for new in converted for text in new.stayed))
     record = record.model_copy(update={"error": worst, "max_error": limit, "ops": dict(ops), "stayed": stayed})
     if not worst <= limit:
         reason = f"the outputs changed by {worst:.1e} of the largest, more than {limit:.1e}"
         return record.model_copy(update={"status": "rolled_back", "reason": reason}), list(stages)
-    return record.model_copy(update={"status": "kept"}), [new.stage for new in converted]
+    new_forms = iter(new.stage for new in converted)
+    found = [replace(next(new_forms), in_place=next(new_forms) if stage.in_place else None) for stage in stages]
+    return record.model_copy(update={"status": "kept"}), found
 
 
 def _error(new: Stage, stage: Stage) -> float:

@@ -114,7 +114,9 @@ class _Search:
         nodes = [node for node in self.module.graph.nodes if node.op == "call_function"]
         self.floats = {node for node in nodes if _dtype(node) is torch.float32}
         exact = _counted(self.module.graph) | _chosen_from(self.module.graph)
-        self.candidates = [n for n in nodes if n in self.floats and n not in exact and not _moves(n)]
+        # an op of another library takes and gives what it was written for
+        own = [n for n in nodes if n in self.floats and "." not in op_name(n)]
+        self.candidates = [n for n in own if n not in exact and not _moves(n)]
         self.weights: dict[Node, Tensor] = {}
 
     def largest(self) -> list[Node]:

@@ -124,12 +124,14 @@ def _by_nncf(source: Path, target: Path, samples: Sequence[Arrays]) -> Mapping[s
     products = [op for op in model.get_ops() if op.get_type_name() == "MatMul"]
     left = [op.get_friendly_name() for op in products if not _has_learned_weight(op)]
     names = [value.get_any_name() for value in model.inputs]
+    # what lies between holds places, counts and masks as well
+    others = sorted({op.get_type_name() for op in model.get_ops()} - {"MatMul", "Constant", "Parameter", "Result"})
     made = nncf.quantize(
         model,
         nncf.Dataset(list(samples), lambda sample: {name: sample[name] for name in names}),
         subset_size=len(samples),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=left, validate=False),
+        ignored_scope=nncf.IgnoredScope(names=left, types=others, validate=False),
     )
     openvino.save_model(made, str(target), compress_to_fp16=False)
     return {"int8": len(products) - len(left), "f32": len(left)}

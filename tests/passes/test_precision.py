@@ -139,6 +139,31 @@ def test_range_is_left_for_larger_values_and_whole_numbers_stay_apart(largest: f
     assert record.stayed == (["mul", "sub", "tanh"] if largest == 1.0 else ["sub"])
 
 
+@torch.library.custom_op("optpass_test::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_op_of_another_library_is_given_what_it_was_written_for() -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(doubled(self.first(x)))
+
+    stage, record = converted(capture((Foreign(), (torch.randn(2, 4),), {})), "precision")
+    assert record.stayed == ["optpass_test.doubled"]
+    assert dtypes(stage)["optpass_test.doubled"] == {torch.float32}
+    assert dtypes(stage)["linear"] == {torch.bfloat16}
+
+
 def test_a_choice_is_made_from_the_same_scores() -> None:
     source = trapped("choice")
     stage, record = converted(source, "precision")
@@ -258,4 +283,20 @@ def test_architectures_hold_the_contract_and_lower(name: str, tmp_path: Path) ->
     assert record.status == "kept", record
     assert record.ops["bf16"] > (10 if name == "mixtral_experts" else record.ops["f32"])
     rows = engines(stage, tmp_path, "onnxruntime", "openvino")
+    assert all(row.ok for row in rows), rows
+
+
+def test_a_step_is_half_in_each_of_its_forms_and_rows_are_kept_as_before(tmp_path: Path) -> None:
+    axes = ["input_ids:0=batch:1..3", "input_ids:1=tokens:2..24"]
+    source = capture(architectures.FACTORIES["llama"](), dynamic=axes)
+    made = apply(source, parse("precision,cache"))
+    record = made.records[-1]
+    assert record.name == "precision"
+    assert record.status == "kept", record
+    step = made.program.deployed[-1]
+    assert {spec.dtype for spec in (*step.inputs, *step.outputs)} == {"float32", "int64"}
+    assert step.in_place is not None
+    for form in (step, step.in_place):
+        assert dtypes(form)["linear"] == {torch.bfloat16}
+    rows = engines(step, tmp_path, "onnxruntime")
     assert all(row.ok for row in rows), rows
