@@ -5,8 +5,13 @@ each prompt all arms make the same number of tokens one after the other, in an o
 the times of one prompt. Hugging Face runs in this process, GenAI in one of its own, on a model that optimum exported,
 with the weights that optpass has.
 
+``--wide 16`` gives the model, and all arms alike, inner layers of 16 times the width that compute the same: 40 million
+weights, which come from memory for each token, as those of the models do that speculation is made for. The weights of
+``stdlib-lm`` itself stay in the cache of the processor, where a step of 8 tokens costs twice one of a single token.
+
     python -m venv peers && peers/bin/pip install -r benchmarks/decode_peers.txt
     python -m benchmarks.decode --peers peers/bin/python
+    python -m benchmarks.decode --peers peers/bin/python --wide 16 --prompts 4
     python -m benchmarks.decode --past 128 1024 4096
     python -m benchmarks.decode --lossless         # 200 prompts, every drafter and size, against Hugging Face: no times
 """
@@ -51,17 +56,35 @@ Arm = Callable[[Ids, int], tuple[Ids, float]]
 """Continues a prompt by so many tokens: these, and the seconds they took."""
 
 
-def hugging_face(lookup: bool) -> Arm:
+def model(wide: int) -> Any:
+    """``stdlib-lm``, with inner layers that many times as wide: each unit comes as often, with as much less weight."""
+    import transformers
+
+    module: Any = entry.factory()[0]
+    config = module.config.to_dict()
+    state = dict(module.state_dict())
+    for name, weight in state.items():
+        if "gate_proj" in name or "up_proj" in name:
+            state[name] = weight.repeat(wide, 1)
+        elif "down_proj" in name:
+            state[name] = weight.repeat(1, wide) / wide
+    config |= {"intermediate_size": wide * config["intermediate_size"]}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    made.load_state_dict(state)
+    return made.eval()
+
+
+def hugging_face(lookup: bool, wide: int = 1) -> Arm:
     """``generate`` with the cache of the model."""
-    module, _, _ = entry.factory()
-    module.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    module = model(wide)
+    module.generation_config.eos_token_id = None
     more = {"prompt_lookup_num_tokens": LOOKUP} if lookup else {}
 
     def run(prompt: Ids, count: int) -> tuple[Ids, float]:
         ids = torch.from_numpy(prompt[None])
         begin = time.perf_counter()
         with torch.inference_mode():
-            made = module.generate(  # type: ignore[operator]
+            made = module.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
                 pad_token_id=0, **more,
             )  # fmt: skip
@@ -111,11 +134,13 @@ def ours(session: Generator, drafter: str | None, lengths: list[int] | None = No
     return run
 
 
-def artifacts(folder: Path, backends: Sequence[str]) -> dict[str, Path]:
+def artifacts(folder: Path, backends: Sequence[str], wide: int = 1) -> dict[str, Path]:
     """``cache`` alone, and with ``speculate``."""
     found = {}
+    source: Any = (model(wide), (), entry.factory()[2])
+    dynamic = ["input_ids:0=batch:1..3", entry.DYNAMIC[1]]
     for name, passes in (("plain", "cache"), ("verifying", "cache,speculate")):
-        result = optpass.optimize("stdlib-lm", passes, backend=list(backends), out=folder / name, seconds=0, samples=4)
+        result = optpass.optimize(source, passes, backend=list(backends), dynamic=dynamic, out=folder / name, seconds=0)
         assert result.ok, result
         found[name] = folder / name
     return found
@@ -136,8 +161,11 @@ def speed(given: argparse.Namespace, about: dict[str, Any]) -> None:
     prompts = {kind: entry.prompts(kind, given.prompts) for kind in KINDS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        made = artifacts(folder, given.backend)
-        arms: dict[str, Arm] = {"Hugging Face": hugging_face(False), "Hugging Face, lookup": hugging_face(True)}
+        made = artifacts(folder, given.backend, given.wide)
+        arms: dict[str, Arm] = {
+            "Hugging Face": hugging_face(False, given.wide),
+            "Hugging Face, lookup": hugging_face(True, given.wide),
+        }
         if given.peers:
             exported = folder / "exported"
             subprocess.run(
@@ -145,7 +173,7 @@ def speed(given: argparse.Namespace, about: dict[str, Any]) -> None:
                     given.peers,
                     str(Path(__file__).parent / "decode_genai.py"),
                     "export",
-                    str(saved(folder)),
+                    str(saved(folder, given.wide)),
                     str(exported),
                 ],
                 check=True,
@@ -195,11 +223,16 @@ def speed(given: argparse.Namespace, about: dict[str, Any]) -> None:
     rows = [(name, f"{count} of {len(jobs)}") for name, count in differing.items() if name != "Hugging Face"]
     sections.append(("Texts that differ from those of Hugging Face", report.table(("arm", "differ"), rows)))
     data = {
-        "machine": about, "threads": given.threads, "tokens": given.tokens, "prompts": given.prompts,
+        "machine": about, "threads": given.threads, "wide": given.wide, "tokens": given.tokens,
+        "prompts": given.prompts,
         "times": times, "lengths": {kind: {n: float(np.mean(x)) for n, x in lengths[kind].items()} for kind in KINDS},
         "differ": differing,
     }  # fmt: skip
-    print(report.write("decode", data, sections) if given.write else "\n".join(f"{a}\n{b}\n" for a, b in sections))
+    print(
+        report.write(f"decode_wide_{given.wide}" if given.wide > 1 else "decode", data, sections)
+        if given.write
+        else "\n".join(f"{a}\n{b}\n" for a, b in sections)
+    )
 
 
 def generator(folder: Path, engine: str, threads: int) -> Generator:
@@ -209,11 +242,10 @@ def generator(folder: Path, engine: str, threads: int) -> Generator:
     return session
 
 
-def saved(folder: Path) -> Path:
+def saved(folder: Path, wide: int) -> Path:
     """The model as Hugging Face saves it."""
-    module, _, _ = entry.factory()
     target = folder / "hugging_face"
-    module.save_pretrained(target)  # type: ignore[operator]
+    model(wide).save_pretrained(target)
     entry.tokenizer().save(str(target / "tokenizer.json"))
     (target / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return target
@@ -271,7 +303,7 @@ def past(given: argparse.Namespace, about: dict[str, Any]) -> None:
     config = module.config.to_dict()  # type: ignore[operator, union-attr]
     torch.manual_seed(0)
     long = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "max_position_embeddings": LONG}))
-    dynamic = ["input_ids:0=batch:1..2", f"input_ids:1=tokens:2..{LONG}"]
+    dynamic = ["input_ids:0=batch:1..3", f"input_ids:1=tokens:2..{LONG}"]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "long"
@@ -322,6 +354,7 @@ def main() -> None:
     parser.add_argument("--peers", help="the Python of the environment of decode_peers.txt")
     parser.add_argument("--prompts", type=int, help="of each kind; with --lossless of all kinds")
     parser.add_argument("--tokens", type=int, default=96, help="to make from each prompt")
+    parser.add_argument("--wide", type=int, default=1, help="how many times as wide the inner layers are")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", nargs="+", default=["onnxruntime", "openvino"])
     parser.add_argument("--precision", nargs="+", default=["f32"], help="of GenAI")
