@@ -46,6 +46,9 @@ from optpass.runtime.session import Session, open_session
 PREFIX = ".optpass-"
 """Of the directories beside the target that hold an artifact in the making, or the one it replaces."""
 
+LARGE = 200_000_000
+"""Bytes of the files of an engine above which no other stays open beside it: open, it holds them once or twice more."""
+
 CHECK = "optpass verify, there where it fits, runs it and holds it against what is recorded"
 """What to do with an engine that was built for another machine."""
 
@@ -117,11 +120,15 @@ class Writer:
         return name
 
     def session(self, engine: str, threads: int | None = None) -> Session:
-        """Open an engine that was added; the two opened last stay open, since opening takes as long as many calls."""
+        """Open an engine that was added.
+
+        The two opened last stay open, since opening takes as long as many calls; of those above ``LARGE`` only one.
+        """
         if threads is not None:
             return open_session(self.folder, self._draft(), engine, threads)
         if engine not in self._opened:
-            while len(self._opened) > 1:
+            large = self.engines[engine].mib(self.folder) * 2**20 > LARGE
+            while len(self._opened) > (0 if large else 1):
                 del self._opened[next(iter(self._opened))]
             self._opened[engine] = open_session(self.folder, self._draft(), engine)
         return self._opened[engine]
@@ -149,12 +156,12 @@ class Writer:
             engine = self.engines[name]
             recorded = self.reference(engine.role, engine.form)
             self.step(f"checking {name} against eager")
-            session = self.session(name).raw
-            found = check.fidelity(name, session, recorded, engine.tolerance)
+            # held by no name of its own, so that the next may be opened in its place
+            found = check.fidelity(name, self.session(name).raw, recorded, engine.tolerance)
             if not all(entry.ok for entry in found) and self._chooses_otherwise(name, recorded):
                 wider = fidelities.effect(self._stage(engine), self._stage(engine, "dense"))
                 self.engines[name] = engine.model_copy(update={"tolerance": max(wider, engine.tolerance)})
-                found = check.fidelity(name, session, recorded, self.engines[name].tolerance)
+                found = check.fidelity(name, self.session(name).raw, recorded, self.engines[name].tolerance)
             results += found
         return results
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,13 +148,13 @@ def optimize(
         latency: list[Latency] = []
         if faithful:
             for main, dense in names:
-                pair = new.session(dense), new.session(main)
                 steps.next(f"take the metric on {main}")
                 recorded = new.reference("dense")
-                figures += evaluation.run(*pair, recorded)
+                figures += evaluation.run(partial(new.session, dense), partial(new.session, main), recorded)
                 if seconds > 0:
                     steps.next(f"time {main}")
                     arrays = recorded.inputs({})
+                    pair = new.session(dense), new.session(main)
                     latency.append(measure.compare(*pair, arrays, budget=seconds, batch=_batch(before)))
             drafts = measure.drafts(new.session(names[0][0]), new.reference("dense").inputs({})) if names else []
             new.finish(
@@ -373,8 +374,8 @@ def verify(
     for name, dense in twins.items():
         steps.next(f"take the metric on {name}")
         figures += evaluation.run(
-            load(folder, engine=dense, provider=asked),
-            load(folder, engine=name, provider=asked),
+            partial(load, folder, engine=dense, provider=asked),
+            partial(load, folder, engine=name, provider=asked),
             checks.read(folder, manifest, name),
         )
     return result.model_copy(update={"metric": figures})

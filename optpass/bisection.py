@@ -11,6 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,9 @@ class _Workshop:
         name = caches.key(kind="agreement", engines=[before.key, after.key], data=self.data)
 
         def run() -> str:
-            first, second = (open_session(which.folder, which.manifest, which.engine) for which in (before, after))
+            first, second = (
+                partial(open_session, which.folder, which.manifest, which.engine) for which in (before, after)
+            )
             found = self.evaluation.run(first, second, check.read(dense.folder, dense.manifest, dense.engine))
             return found[0].model_dump_json()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from optpass.runtime.check import Reference
 from optpass.runtime.session import Session
 
 Arrays = Mapping[str, NDArray[Any]]
+Open = Callable[[], Session]
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,18 @@ class Evaluation:
             what = f"the data has no array {missing[0]}, an input of the model"
             raise OptpassError("data", what, f"give arrays {', '.join(names)}")
 
-    def run(self, dense: Session, optimized: Session, reference: Reference) -> list[Metric]:
-        """Figures of one engine beside its dense twin."""
+    def run(self, dense: Open, optimized: Open, reference: Reference) -> list[Metric]:
+        """Figures of one engine beside its dense twin, which is let go before the other is opened.
+
+        But for agreement on given data, whose outputs may be larger than an engine: there both are open.
+        """
         if self.data is None:
-            return metrics.agreement(dense, optimized, metrics.random_inputs(reference), random=True)
+            answers = list(metrics.answers(dense(), metrics.random_inputs(reference)))
+            return metrics.agreed(answers, optimized(), random=True)
         if self.metric is None:
-            return metrics.agreement(dense, optimized, dict(self.data), random=False)
-        return [metrics.evaluate(self.metric, dense, optimized, dict(self.data))]
+            return metrics.agreement(dense(), optimized(), dict(self.data), random=False)
+        scores = metrics.scores(self.metric, dense(), dict(self.data))
+        session = optimized()
+        return [
+            metrics.paired(self.metric, session.name, scores, metrics.scores(self.metric, session, dict(self.data)))
+        ]

@@ -405,7 +405,7 @@ class _Gate:
         own = open_session(self.folder, self.manifest, self.engine, self.budget.threads)
         stepping = self.manifest.engines[self.engine].stage == manifests.STEP
         reference = checks.read(self.folder, self.manifest, self._dense() if stepping else self.engine)
-        found = evaluation.run(self._other(table, own), own, reference)
+        found = evaluation.run(lambda: self._other(table, own), lambda: own, reference)
         measured = next((one for one in found if table.metric in (None, one.name)), None)
         if measured is None:
             known = ", ".join(one.name for one in found)

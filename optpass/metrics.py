@@ -10,7 +10,7 @@ import difflib
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -432,13 +432,43 @@ def agreement(
         output: the output to look at; ``logits``, or else the first, by default.
         progress: called with the share that is done.
     """
+    return agreed(answers(dense, inputs, output), optimized, random=random, progress=progress)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the dense engine gave for one batch.
+
+    Attributes:
+        share: of all batches that are done with it.
+        inputs: of the call.
+        output: name of what was looked at.
+        values: of the samples alone, where the batch was padded.
+    """
+
+    share: float
+    inputs: Data
+    output: str
+    values: Array
+
+
+def answers(dense: Session, inputs: Data, output: str | None = None) -> Iterator[Answer]:
+    """Batch by batch; as a list they let the engine go before the other one is opened."""
     which = _output(dense, output)
-    found: list[tuple[Array, Array, Array]] = []
     for share, _, arrays, count in batches(dense, inputs):
-        a, b = (session.run(**arrays)[which][:count].astype(np.float64) for session in (dense, optimized))
-        found.append(_agree(a, b))
+        yield Answer(share, arrays, which, dense.run(**arrays)[which][:count])
+
+
+def agreed(
+    given: Iterable[Answer], optimized: Session, *, random: bool, progress: Progress | None = None
+) -> list[Metric]:
+    """``agreement`` with answers of the dense engine."""
+    found: list[tuple[Array, Array, Array]] = []
+    for one in given:
+        other = optimized.run(**one.inputs)[one.output][: len(one.values)]
+        found.append(_agree(one.values.astype(np.float64), other.astype(np.float64)))
         if progress:
-            progress(share)
+            progress(one.share)
     same, divergence, close = (np.concatenate(part) for part in zip(*found, strict=True))
     samples = len(close)
     kind = f"measured on {samples} {'random' if random else 'given'} inputs"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+import optpass
 from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.export import artifact, fidelity
@@ -25,6 +27,7 @@ from optpass.export.openvino import OpenVino
 from optpass.results import Interval, Latency, Timing
 from optpass.runtime import check
 from optpass.runtime.engines import openvino as openvino_engine
+from optpass.runtime.session import Session, open_session
 from tests.export import models
 from tests.export.artifacts import write
 
@@ -329,3 +332,20 @@ def test_only_a_graph_that_decides_may_decide_otherwise() -> None:
             return x.gather(1, x.topk(2, 1)[1])
 
     assert fidelity.chooses(capture((First(), (torch.randn(2, 4),), {})).main)
+
+
+@pytest.mark.parametrize("data", [None, {"input": np.eye(4, dtype=np.float32), "labels": np.arange(4)}])
+def test_of_large_engines_one_is_open_at_a_time(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[Session]] = []
+
+    def tracked(*arguments: Any) -> Session:
+        assert not any(reference() for reference in opened)
+        opened.append(weakref.ref(session := open_session(*arguments)))
+        return session
+
+    monkeypatch.setattr(artifact, "open_session", tracked)
+    monkeypatch.setattr(artifact, "LARGE", 0)
+    model = (nn.Linear(4, 4), (torch.eye(4),), {})
+    assert optpass.optimize(model, backend="onnxruntime", out=tmp_path / "e", data=data, seconds=0).metric
+    # checked, and then judged, the one that was checked last first
+    assert len(opened) == 3
