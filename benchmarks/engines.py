@@ -10,6 +10,7 @@ eager execution of the same graph, at the smallest, the example and the largest 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ def arm(model: str, passes: str, found: Sequence[Backend], folder: Path) -> dict
     else:
         cells = {name: {"why": outcome.records[-1].reason} for name in cells}
     for name, cell in cells.items():
+        if "why" in cell:
+            cell["why"] = re.sub(r"\S*/\.optpass-\w+/", "", cell["why"])  # the directory that it was built in
         report.say(f"{model} {passes or 'none'} {name}: {cell}")
     return {"model": model, "passes": passes or "none", "engines": cells}
 
@@ -114,16 +117,12 @@ def engines(
 
 
 def _judge(cell: dict[str, Any], rows: Sequence[Fidelity]) -> None:
-    cell["share"] = max(_share(row.difference, row.tolerance) for row in rows)
+    cell["share"] = max((row.difference / row.tolerance for row in rows if row.tolerance), default=0.0)
     cell["ok"] = all(row.ok for row in rows)
     others = [row.output for row in rows if not row.ok and not row.tolerance]
     if others:
+        cell["share"] = None
         cell["why"] = f"whole numbers are others: {', '.join(others)}"
-
-
-def _share(difference: float, tolerance: float) -> float:
-    """Of the tolerance; whole numbers have none, and are equal or not."""
-    return difference / tolerance if tolerance else 0.0 if difference == 0 else float("inf")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -140,7 +139,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(cell: dict[str, Any], reasons: list[str]) -> str:
     parts = [f"{cell['mib']:.1f} MiB"] if "mib" in cell else ["no"]
     if "share" in cell:
-        parts.append(f"{cell['share']:.2f}" if cell["ok"] else f"**{cell['share']:.2f}**")
+        text = "others" if cell["share"] is None else f"{cell['share']:.2f}"
+        parts.append(text if cell["ok"] else f"**{text}**")
     if "why" in cell:
         if cell["why"] not in reasons:
             reasons.append(cell["why"])
