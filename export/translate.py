@@ -860,15 +860,31 @@ def _onnx_appended(
         room = op.Cast(op.Squeeze(op.Shape(bias, start=3, end=4)), to=int(ir.DataType.INT32))
     inputs = [query, key, value, past_key, past_value, last, room, cos, sin, None if cos is None else positions, bias]
     attributes = {"num_heads": heads, "kv_num_heads": groups, "scale": scale, "do_rotary": int(cos is not None)}
-    return _contrib("GroupQueryAttention", inputs, attributes, 3)
+    return _made("GroupQueryAttention", inputs, attributes, CONTRIB, 3)
 
 
-def _contrib(name: str, inputs: Sequence[Any], attributes: dict[str, Any], outputs: int = 1) -> Any:
+def _contrib(name: str, inputs: Sequence[Any], attributes: dict[str, Any]) -> Any:
     """A node of ONNX Runtime's own domain, whose schemas onnxscript does not know."""
+    (made,) = _made(name, inputs, attributes, CONTRIB, 1)
+    return made
+
+
+def _made(name: str, inputs: Sequence[Any], attributes: dict[str, Any], domain: str, outputs: int) -> list[Any]:
+    """A node of so many outputs."""
     recorder = onnxscript.evaluator.default()
     made = [_tensors.SymbolicTensor(recorder.opset) for _ in range(outputs)]
-    recorder.nodes.append(ir.node(name, inputs, attributes, domain=CONTRIB, outputs=made))
-    return made if outputs > 1 else made[0]
+    recorder.nodes.append(ir.node(name, inputs, attributes, domain=domain, outputs=made))
+    return made
+
+
+def _onnx_split(value: Any, sizes: Sequence[Any], axis: int = 0) -> Any:
+    # torch's translation makes a sequence of the parts, which TensorRT does not take
+    if all(isinstance(size, int) for size in sizes):
+        lengths = op.Constant(value_ints=list(sizes))
+    else:
+        one = op.Constant(value_ints=[1])
+        lengths = op.Concat(*(op.Reshape(size, one) for size in sizes), axis=0)
+    return _made("Split", [value, lengths], {"axis": axis}, "", len(sizes))
 
 
 def _onnx_bias_of(mask: Any, dtype: int) -> Any:
@@ -917,6 +933,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     rows_of: _onnx_rows_of,
     count_of: _onnx_count_of,
     aten.linear.default: _onnx_linear,
+    aten.split_with_sizes.default: _onnx_split,
     aten.gelu.default: _onnx_gelu,
 }
 """By target of a node; what is not here is torch's business."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.export import onnxruntime
 from optpass.export.translate import translate, trials
@@ -160,6 +161,26 @@ class Square(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         return self.table[rows] + x @ self.table.T
+
+
+class Parted(nn.Module):
+    """Tokens in two parts, of sizes that are known or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[1]
+        first, second = x.split([2, count - 2], 1)
+        left, right = first.split([5, 3], 2)
+        return second * (left.sum() - right.sum())
+
+
+@pytest.mark.parametrize("dynamic", [[], ["x:1=tokens:5..12"]])
+def test_parts_are_outputs_of_one_node_and_no_sequence(dynamic: list[str], tmp_path: Path) -> None:
+    x = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0))
+    stage = capture((Parted(), (), {"x": x}), dynamic=dynamic).main
+    model = translate(stage)
+    assert ops(model)["Split"] == 2
+    assert not any("Sequence" in op for op in ops(model))
+    assert difference(stage, model, tmp_path) < ROUNDING
 
 
 def test_a_weight_with_two_uses_is_stored_once_and_as_it_is(tmp_path: Path) -> None:
