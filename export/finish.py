@@ -122,6 +122,4 @@ def _samples(new: Writer, name: str, made: Finishing, data: Arrays | None) -> tu
         calls: Sequence[Arrays] = [inputs for _, _, inputs, _ in metrics.batches(session, dict(data))][:CALLS]
         return calls, f"calibrated on {len(next(iter(data.values())))} samples, which no metric was taken on"
     engine = new.engines[name]
-    return [
-        new.reference(engine.role, getattr(engine, "form", engine.stage)).inputs({})
-    ], "calibrated on the example inputs alone"
+    return [new.reference(engine.role, engine.form).inputs({})], "calibrated on the example inputs alone"

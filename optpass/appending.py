@@ -9,6 +9,8 @@ Papers: RoFormer, arXiv 2104.09864 (rotation); GQA, arXiv 2305.13245.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,17 +66,7 @@ def append_attention(
 
 @append_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    start: Tensor,
-    positions: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
 
