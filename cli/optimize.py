@@ -48,6 +48,12 @@ def command(
         typer.Option("--dry-run", help="Show sites, tokens and operations before and after, and do no more."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="How a denoiser draws samples, such as ddim(prediction=velocity,noise=cosine)."
+        ),
+    ] = "",
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure latency, per engine.")] = 2.0,
     json: options.Json = False,
 ) -> Outcome:
@@ -94,6 +100,7 @@ def command(
             force=force,
             seconds=seconds,
             target=target or (),
+            sampler=sampler,
             progress=report,
         )
     failure = failure_of(result.passes, result.fidelity)

@@ -62,9 +62,12 @@ class Writer:
         target: devices to build for, where a backend builds for devices by name.
     """
 
-    def __init__(self, folder: Path, source: str, progress: Progress, target: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, source: str, progress: Progress, target: Sequence[str] = (), sampler: str = ""
+    ) -> None:
         self.folder = folder
         self.target = target
+        self.sampler = sampler
         self.source = source
         self.engines: dict[str, Engine] = {}
         self.manifest: Manifest | None = None
@@ -116,6 +119,7 @@ class Writer:
             tolerance=fidelities.tolerance(stage, precision),
             target=target,
             version=found.version(target),
+            initial=dict(stage.initial),
         )
         return name
 
@@ -242,6 +246,7 @@ class Writer:
             engines=dict(self.engines),
             default=_default(self.engines, ()),
             files={},
+            sampler=self.sampler,
         )
 
 
@@ -274,6 +279,7 @@ def writer(
     source: str = "",
     force: bool = False,
     target: Sequence[str] = (),
+    sampler: str = "",
     progress: Progress | None = None,
 ) -> Iterator[Writer]:
     """An artifact in the making, at ``out`` when the block ends and ``finish`` was called.
@@ -283,6 +289,7 @@ def writer(
         source: what the user named, for the manifest.
         force: replace an artifact that is there. What is no artifact is never replaced.
         target: devices to build for, where a backend builds for devices by name.
+        sampler: of a denoiser, for the manifest.
         progress: called with each step as it begins.
 
     Raises:
@@ -296,7 +303,7 @@ def writer(
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.parent))
         try:
             with _held(folder):
-                made = Writer(folder, source, progress or (lambda text, seconds: None), target)
+                made = Writer(folder, source, progress or (lambda text, seconds: None), target, sampler)
                 yield made
                 if made.manifest is not None:
                     os.chmod(folder, 0o777 & ~files.umask())

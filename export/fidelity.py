@@ -33,7 +33,11 @@ def tolerance(stage: Stage, precision: str) -> float:
     own = _precision(stage)
     precision = max(precision, own, key=ROUNDOFF.__getitem__)
     terms = 2 * max(rounding.longest / LANES, 1) if precision == "f32" else 2 if own == "f32" else 4
-    return SAFETY * ROUNDOFF[precision] * math.sqrt(rounding.contractions * terms)
+    return SAFETY * ROUNDOFF[precision] * math.sqrt(rounding.contractions * terms + _ops(stage))
+
+
+def _ops(stage: Stage) -> int:
+    return sum(node.op == "call_function" for node in stage.exported.graph.nodes)
 
 
 def _precision(stage: Stage) -> str:

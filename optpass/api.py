@@ -21,7 +21,7 @@ from optpass.export.base import backend as find_backend
 from optpass.export.base import backends, named
 from optpass.manager import OnFail
 from optpass.passes.base import Finishing, Pass, registry
-from optpass.program import Stage
+from optpass.program import Program, Stage
 from optpass.results import (
     ArtifactResult,
     BenchResult,
@@ -37,9 +37,10 @@ from optpass.results import (
     VerifyResult,
 )
 from optpass.runtime import check as checks
-from optpass.runtime import choice
+from optpass.runtime import choice, schedules
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import layers as engine_layers
+from optpass.runtime.features import recognise
 from optpass.runtime.providers import Provider
 from optpass.runtime.session import load
 from optpass.structure import Structure, analyse
@@ -67,6 +68,7 @@ def optimize(
     force: bool = False,
     seconds: float = 2.0,
     target: str | Sequence[str] = (),
+    sampler: str = "",
     progress: Progress | None = None,
 ) -> OptimizeResult:
     """Capture a model, apply verified passes, lower it, check and measure the engines, and write one artifact.
@@ -91,6 +93,8 @@ def optimize(
         seconds: how long to measure the latency of each engine; 0 measures none.
         target: devices to build for, such as ``sm_89,sm_120``, which need not be here; an engine that cannot run here
             is built, and neither checked nor measured: it is in ``unrun``.
+        sampler: by which a denoiser draws samples, such as ``ddim(prediction=velocity,noise=cosine)``; that of the zoo
+            model, or one guessed from the timestep of the example, by default.
         progress: called with each step.
 
     Returns:
@@ -129,8 +133,14 @@ def optimize(
     )
     if not outcome.ok and on_fail == "stop":
         return failed
+    drawing = _sampler(sampler, source, outcome.program)
     with artifact.writer(
-        out, source=program.source, force=force, target=devices, progress=lambda text, _: steps.next(text)
+        out,
+        source=program.source,
+        force=force,
+        target=devices,
+        sampler=drawing,
+        progress=lambda text, _: steps.next(text),
     ) as new:
         added = {new.add(stage, *e): stage for e in engines for stage in outcome.program.deployed}
         mains = [name for name, stage in added.items() if stage is outcome.program.deployed[-1]]
@@ -689,6 +699,22 @@ class _Steps:
     def at(self, what: str, done: int) -> None:
         if self._progress is not None:
             self._progress(what, done, max(self._total, done + 1))
+
+
+def _sampler(asked: str, source: Any, program: Program) -> str:
+    """Of a denoiser: what was asked for, what a zoo model was trained for, or else by the size of its timesteps."""
+    roles = recognise(program.main.inputs, program.main.outputs)
+    if roles is None:
+        return ""
+    if not asked and isinstance(source, str):
+        from optpass.zoo import registry as zoo
+
+        asked = str(getattr(zoo.load(source), "SAMPLER", "")) if source in zoo.names() else ""
+    names = [spec.name for spec in program.main.inputs]
+    times = program.main.example[names.index(roles.timestep)]
+    chosen = asked or ("ddim" if float(times.max()) > 1 else "euler")
+    schedules.asked(chosen)
+    return chosen
 
 
 def _devices(target: str | Sequence[str]) -> list[str]:

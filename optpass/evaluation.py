@@ -8,10 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from optpass import metrics
+from optpass import metrics, similarity
 from optpass.errors import OptpassError
 from optpass.results import Metric
 from optpass.runtime.check import Reference
+from optpass.runtime.denoise import Denoiser
 from optpass.runtime.session import Session
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -78,6 +79,10 @@ class Evaluation:
 
         But for agreement on given data, whose outputs may be larger than an engine: there both are open.
         """
+        session = dense()
+        if isinstance(session, Denoiser) and (found := self._drawn(session, optimized, reference)):
+            return found
+        del session
         if self.data is None:
             answers = list(metrics.answers(dense(), metrics.random_inputs(reference)))
             return metrics.agreed(answers, optimized(), random=True)
@@ -88,3 +93,16 @@ class Evaluation:
         return [
             metrics.paired(self.metric, session.name, scores, metrics.scores(self.metric, session, dict(self.data)))
         ]
+
+    def _drawn(self, session: Denoiser, optimized: Open, reference: Reference) -> list[Metric]:
+        """Similarity of samples, where features are kept between the steps of one of the engines."""
+        if not session.manifest.sampler:
+            return []
+        given = self.data or reference.example
+        conditions = {name: given[name] for name in session.roles.conditions}
+        expected, _ = similarity.samples(session, conditions)
+        other = optimized()
+        if not isinstance(other, Denoiser) or not other.keeps:
+            return []
+        found, taken = similarity.samples(other, conditions)
+        return metrics.similar(other.name, found, expected, taken)

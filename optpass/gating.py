@@ -337,7 +337,7 @@ class _Gate:
         elif which == "baseline":
             assert isinstance(self.baseline, baselines.Artifact)
             folder, manifest = self.baseline.folder, self.baseline.manifest
-        decode = self.manifest.engines[self.engine].stage == manifests.STEP
+        decode = self.manifest.engines[self.engine].steps
         return measure.opener(folder, manifest, engine, self._inputs(sizes), self.budget.threads, decode)
 
     def _decide(self, contest: _Contest, number: int) -> list[Check]:
@@ -403,7 +403,7 @@ class _Gate:
 
     def _quality(self, table: budgets.Quality, evaluation: Evaluation) -> list[Check]:
         own = open_session(self.folder, self.manifest, self.engine, self.budget.threads)
-        stepping = self.manifest.engines[self.engine].stage == manifests.STEP
+        stepping = self.manifest.engines[self.engine].steps
         reference = checks.read(self.folder, self.manifest, self._dense() if stepping else self.engine)
         found = evaluation.run(lambda: self._other(table, own), lambda: own, reference)
         measured = next((one for one in found if table.metric in (None, one.name)), None)

@@ -38,7 +38,7 @@ class Eager(Generator):
         self.name = stage.name
         self.threads = torch.get_num_threads()
         self.engine = _engine(stage)
-        self._opened = _Opened(stage)
+        self.opened = _Opened(stage)
         self._prepare(_Opened(prefill) if prefill else None, _engine(prefill) if prefill else None)
 
 

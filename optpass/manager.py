@@ -12,7 +12,7 @@ import networkx as nx
 from torch import Tensor
 from torch.fx import Node
 
-from optpass import incremental, probes, stepping
+from optpass import incremental, probes, stepping, trajectory
 from optpass.causal import Causal, analyse_causal
 from optpass.errors import OptpassError, Refusal
 from optpass.export.translate import trials
@@ -21,6 +21,8 @@ from optpass.passes.base import Conversion, Finishing, Pass, Site, Staging
 from optpass.program import Program, Stage, module_path, place_of
 from optpass.results import PassRecord, Probes
 from optpass.rewrite import Build, Refused, Rewritten, Space, Walker
+from optpass.runtime.features import recognise
+from optpass.runtime.manifest import STEP
 from optpass.runtime.maps import TokenMaps
 from optpass.structure import Structure, analyse
 
@@ -115,7 +117,7 @@ def apply(
         if not record.done and on_fail == "stop":
             break
     dumped = tuple(record.model_dump() for record in records)
-    driver = "generate" if stages else program.driver
+    driver = ("generate" if stages[-1].name == STEP else "denoise") if stages else program.driver
     done = replace(program, stages={s.name: s for s in (state.stage, *stages)}, driver=driver, record=dumped)
     return Outcome(done, tuple(records), state.maps)
 
@@ -233,6 +235,8 @@ def _restage(made: Staging, state: _State, before: Staging | None, verify: bool)
         what = f"{made.name} needs {made.needs} before it"
         refusal = Refusal("pass-missing", what, f"ask for {made.needs},{made.name}")
         return record.model_copy(update={"reason": str(refusal)}), []
+    if recognise(state.stage.inputs, state.stage.outputs) is not None:
+        return _reused(made, record, state.stage, verify)
     causal = analyse_causal(state.structure.stage)
     if isinstance(causal, Refusal):
         return record.model_copy(update={"reason": str(causal)}), []
@@ -266,6 +270,27 @@ def _restage(made: Staging, state: _State, before: Staging | None, verify: bool)
     if not gap <= limit:
         reason = f"a text in pieces differs from the whole by {gap:.1e}, more than {limit:.1e}"
         return record.model_copy(update={"status": "rolled_back", "reason": reason}), []
+    return record.model_copy(update={"status": "kept"}), stages
+
+
+def _reused(made: Staging, record: PassRecord, stage: Stage, verify: bool) -> tuple[PassRecord, list[Stage]]:
+    """The stages of a denoiser that keeps features, held to a run beside them."""
+    try:
+        parts, stages = made.denoiser(stage)
+        record = record.model_copy(update={"sites": [block.path for block in parts.found.blocks]})
+        if not verify:
+            return record.model_copy(update={"status": "placed"}), stages
+        found = trajectory.walk(parts, stages)
+    except Refused as refused:
+        return record.model_copy(update={"reason": str(refused.refusal)}), []
+    except Exception as error:  # noqa: BLE001  a graph that cannot be built or run, whatever the reason, is no result
+        return record.model_copy(update=_unbuilt(made, error)), []
+    record = record.model_copy(update={"probes": found})
+    limit = probes.tolerance(stage.results)
+    for name, gap in found.model_dump(exclude_none=True).items():
+        if not gap <= limit:
+            reason = f"the {name} probe found a difference of {gap:.1e}, more than {limit:.1e}"
+            return record.model_copy(update={"status": "rolled_back", "reason": reason}), []
     return record.model_copy(update={"status": "kept"}), stages
 
 

@@ -20,12 +20,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from optpass import similarity
 from optpass.errors import OptpassError
 from optpass.results import Accepted, BenchResult, Interval, Latency, Timing
 from optpass.runtime import check, choice
 from optpass.runtime import manifest as manifests
+from optpass.runtime.denoise import Denoiser, drawn
 from optpass.runtime.generate import Generator, accepted
-from optpass.runtime.manifest import STEP, Manifest
+from optpass.runtime.manifest import STEP, Engine, Manifest
 from optpass.runtime.session import Session, open_session
 
 Times = NDArray[np.float64]
@@ -213,11 +215,11 @@ def compare(
     """
     if dense.threads != optimized.threads:
         raise ValueError(f"the engines run on {dense.threads} and {optimized.threads} threads: no fair comparison")
-    decode = optimized.engine.stage == STEP
+    decode = optimized.engine.steps
     jobs = [job(session, inputs, decode) for session in (dense, optimized)]
     once = interleave(jobs, budget, progress=progress)
     name = batch if batch is not None else str(rows(inputs))
-    return latency([once], optimized.name, f"{name}, {NEW_TOKENS} tokens" if decode else name)
+    return latency([once], optimized.name, f"{name}, {_work(optimized.engine)}" if decode else name)
 
 
 def rows(inputs: Mapping[str, NDArray[Any]]) -> int:
@@ -230,10 +232,20 @@ NEW_TOKENS = 16
 """With which a text is continued, where that is the work of an engine."""
 
 
+def _work(engine: Engine) -> str:
+    return f"{NEW_TOKENS} tokens" if engine.stage == STEP else f"{similarity.STEPS} steps"
+
+
 def job(session: Session, inputs: Mapping[str, NDArray[Any]], decode: bool) -> Run:
-    """What is timed: one call, or ``decode``, some tokens behind each text; without a cache each computes it anew."""
+    """What is timed: one call, or ``decode``, all steps of a sample, or some tokens behind each text; without a cache
+    each computes it anew.
+    """
     if not decode:
         return lambda: session.run(**inputs)
+    if isinstance(session, Denoiser):
+        noise = drawn(inputs[session.roles.sample].shape, 0)
+        conditions: dict[str, Any] = {name: inputs[name] for name in session.roles.conditions}
+        return lambda: session.denoise(noise, steps=similarity.STEPS, **conditions)
     if isinstance(session, Generator):
         return lambda: session.generate(inputs[session.ids.name], max_new_tokens=NEW_TOKENS)
     return lambda: _recomputed(session, inputs)
@@ -341,7 +353,7 @@ def bench(
     with pinned(threads):
         for name in chosen:
             arrays = dict(inputs) if inputs is not None else recorded_inputs(folder, manifest, name, sizes or {})
-            decode = manifest.engines[name].stage == STEP
+            decode = manifest.engines[name].steps
             openers = [opener(folder, manifest, which, arrays, threads, decode) for which in (twins[name], name)]
             begin, done = time.perf_counter(), []
             for one in rounds(openers, budget):
@@ -349,7 +361,7 @@ def bench(
                 if progress:
                     progress(name, min((time.perf_counter() - begin) / max(budget, 1e-9), 1.0))
             at = label(sizes) or str(rows(arrays))
-            results.append(latency(done, name, f"{at}, {NEW_TOKENS} tokens" if decode else at))
+            results.append(latency(done, name, f"{at}, {_work(manifest.engines[name])}" if decode else at))
     return BenchResult(artifact=str(folder), latency=results, unrun=unrun)
 
 
@@ -378,7 +390,7 @@ def first_size(manifest: Manifest, engine: str, batch: int) -> dict[str, int]:
 
 def recorded_inputs(folder: Path, manifest: Manifest, engine: str, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
     """The example inputs recorded for an engine, tiled or cropped to ``sizes``."""
-    if manifest.engines[engine].stage == STEP:
+    if manifest.engines[engine].steps:
         engine = manifest.engines[engine].twin
     entry = manifest.engines[engine]
     for name, size in sizes.items():

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optpass import similarity
 from optpass.errors import OptpassError
 from optpass.results import Interval, Metric
 from optpass.runtime.check import Reference
+from optpass.runtime.denoise import Taken
 from optpass.runtime.manifest import TensorInfo
 from optpass.runtime.session import Session
 
@@ -486,6 +488,15 @@ def _agreement(engine: str, name: str, values: Array, best: float, label: str) -
     return Metric(
         engine=engine, name=name, samples=len(values), dense=perfect, optimized=interval, drop=drop, label=label
     )
+
+
+def similar(engine: str, found: Array, expected: Array, taken: Taken) -> list[Metric]:
+    """How near samples ``[n, ...]`` are to those of the dense engine from the same noise."""
+    values = similarity.ssim(found, expected)
+    ratio = float(np.median(similarity.psnr(found, expected)))
+    steps = f"{len(taken.computed)} of {taken.steps} steps computed"
+    label = f"similarity to the samples of the dense engine, {ratio:.1f} dB in the median, {steps}"
+    return [_agreement(engine, "ssim", values, 1.0, label)]
 
 
 def _agree(a: Array, b: Array) -> tuple[Array, Array, Array]:

@@ -51,6 +51,7 @@ class Stage:
         inputs, outputs: names, dtypes and shapes.
         ranges: the range of each dynamic dimension named in the shapes.
         example: one tensor per input, inside the ranges.
+        initial: what state a run begins with that is not zero, by the name of the input.
         in_place: the same for backends that write new rows into the buffers they are given; None where there is none.
     """
 
@@ -60,6 +61,7 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
     example: tuple[Tensor, ...]
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    initial: Mapping[str, float] = field(default_factory=dict)
     in_place: Stage | None = None
 
     @cached_property

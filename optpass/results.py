@@ -28,6 +28,7 @@ class Probes(Result):
     permutation: float | None = None
     equivalence: float | None = None
     incremental: float | None = None
+    reuse: float | None = None
 
 
 class PassRecord(Result):

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 import optpass.passes
 from optpass.causal import Causal
+from optpass.denoising import Parts
 from optpass.errors import OptpassError, Place, Refusal
 from optpass.program import Stage, op_name, place_of
 from optpass.rewrite import Builder, Refused
@@ -88,6 +89,8 @@ class Pass:
 class Staging(Pass):
     """A pass that makes of a causal model the stage ``step``, which continues texts; the manager verifies it.
 
+    Of a denoiser it may make stages that keep features between steps.
+
     It comes after all passes that reduce tokens.
 
     Attributes:
@@ -102,6 +105,14 @@ class Staging(Pass):
     def step(self, causal: Causal) -> Stage:
         """The stage."""
         raise NotImplementedError
+
+    def denoiser(self, stage: Stage) -> tuple[Parts, list[Stage]]:
+        """A denoiser taken apart, and the stages made of it, the one that is run most at the end.
+
+        Raises:
+            Refused: the pass has nothing for denoisers, or not for this one.
+        """
+        raise Refused(Refusal("no-site", f"{self.name} has nothing for a denoiser", "leave it out"))
 
     def at_identity(self) -> Pass:
         """The pass itself: it changes nothing at any setting."""

@@ -20,6 +20,7 @@ from optpass.results import Fidelity, VerifyResult
 from optpass.runtime import choice
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import Array
+from optpass.runtime.features import NEW
 from optpass.runtime.kept import CANDIDATES, TOKEN
 from optpass.runtime.manifest import Manifest
 from optpass.runtime.providers import Provider
@@ -135,9 +136,14 @@ CHOICES = {TOKEN: "logits", CANDIDATES[0]: "logits"}
 """Outputs that name the largest values of another: of two that rounding makes equal either may be named."""
 
 
+SORTING = (f"{NEW}curvature_", f"{NEW}group_")
+"""Outputs by which tokens are sorted into groups: quotients of differences, in which rounding is as large as they are
+where nothing moves. What they are made of is compared."""
+
+
 def valued(outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs with the values that choices stand for in their place."""
-    found = dict(outputs)
+    """Outputs with the values that choices stand for in their place, and without those that only sort others."""
+    found = {name: array for name, array in outputs.items() if not name.startswith(SORTING)}
     for name, source in CHOICES.items():
         if name in outputs and source in outputs:
             places = outputs[name]

@@ -70,7 +70,7 @@ class Generator(Session):
     @property
     def raw(self) -> Session:
         """The engine itself, one step at a time."""
-        return Session(self.manifest, self.name, self._opened, self.threads)
+        return Session(self.manifest, self.name, self.opened, self.threads)
 
     # what there is
 
@@ -129,7 +129,7 @@ class Generator(Session):
             tree = tree or Batch.chains(*tokens.shape)
             arrays |= {TREE: tree.mask, DEPTH: tree.depth, PARENT: tree.parent}
         numbers, names = self._asked(None if wanted is None else tuple(wanted))
-        results = self.call(self._opened, [arrays[name] for name in self._given], numbers)
+        results = self.call(self.opened, [arrays[name] for name in self._given], numbers)
         found = dict(zip(names, results, strict=True))
         if PICK not in self._given:
             each = [self.outputs[0].name, TOKEN, *CANDIDATES]

@@ -19,9 +19,16 @@ from optpass.results import Accepted, Fidelity, Latency, Layer, Metric, PassReco
 SCHEMA = 2
 NAME = "manifest.json"
 
+MAIN = "main"
+"""Name of the stage that is the whole model."""
+
 STEP, PREFILL = "step", "prefill"
 """Names of the stage that continues a text, whose twin without passes is the whole model, ``main``, and of the one that
 takes the prompt, where passes drop tokens of it."""
+
+FULL, REUSE, STEERED = "full", "reuse", "steered"
+"""Names of the stages of a denoiser that keeps features: one that computes them, one that predicts them or refuses to,
+and one that decides in its graph. Their twin without passes is ``main``."""
 
 PRESENT, IN_PLACE = "present_", "-in-place"
 """What names of outputs begin with that lie where the inputs ``past_...`` do, and the name of a stage that has such."""
@@ -61,6 +68,7 @@ class Engine(Result):
         tolerance: difference from eager execution that rounding explains, relative to the largest output.
         target: devices that it is built for, one of which must be there; empty where any will do.
         version: of the library that it is bound to; empty where any will do.
+        initial: what state a run begins with that is not zero, by the name of the input.
     """
 
     stage: str = "main"
@@ -75,6 +83,7 @@ class Engine(Result):
     tolerance: float
     target: list[str] = Field(default_factory=list)
     version: str = ""
+    initial: dict[str, float] = Field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
@@ -84,12 +93,17 @@ class Engine(Result):
     @property
     def serves(self) -> bool:
         """Whether it is one to load, and no part of another or for comparison."""
-        return not self.dense and self.stage != PREFILL
+        return not self.dense and self.stage not in (PREFILL, FULL)
 
     @property
     def twin(self) -> str:
         """The id of the engine without passes that it is compared with, which may be missing."""
-        return engine_id(self.backend, self.precision, "dense", "main" if self.stage == STEP else self.stage)
+        return engine_id(self.backend, self.precision, "dense", "main" if self.steps else self.stage)
+
+    @property
+    def steps(self) -> bool:
+        """Whether one call is a step of many, with a state between them."""
+        return self.stage in (STEP, REUSE, STEERED)
 
     @property
     def form(self) -> str:
@@ -133,6 +147,7 @@ class Manifest(Result):
         default: the engine that ``load`` opens: the fastest one recorded, otherwise the first.
         files: SHA-256 of every file of the artifact but the manifest itself.
         unrun: engines that the machine which built them could not run, so that nothing was measured on them.
+        sampler: by which a denoiser draws samples unless another one is asked for.
         recipe: what to call ``optimize`` with to get the same artifact, as the caller records it.
     """
 
@@ -152,6 +167,7 @@ class Manifest(Result):
     latency: list[Latency] = Field(default_factory=list)
     accepted: list[Accepted] = Field(default_factory=list)
     unrun: list[Unrun] = Field(default_factory=list)
+    sampler: str = ""
     recipe: str = ""
 
     def engine(self, name: str) -> Engine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
@@ -280,6 +282,31 @@ class Euler(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"ddim": DDIM, "euler": Euler, "dpm-solver++": DPMSolver}
+
+
+def asked(sampler: str | Schedule) -> Schedule:
+    """A schedule, or one in words: ``ddim``, ``dpm-solver++(prediction=velocity,noise=cosine)``.
+
+    Raises:
+        OptpassError: the text is not of that form, or names an unknown schedule, option or value.
+    """
+    if isinstance(sampler, Schedule):
+        return sampler
+    if not sampler:
+        raise OptpassError("usage", "no sampler is named", "name one, such as sampler='ddim(prediction=epsilon)'")
+    match = re.fullmatch(r"\s*([\w+-]+)\s*(?:\((.*)\))?\s*", sampler)
+    pairs = [part.partition("=") for part in (match[2] or "").split(",") if part.strip()] if match else []
+    if match is None or any(not value for _, _, value in pairs):
+        what = f"{sampler!r} is no sampler"
+        raise OptpassError("usage", what, "write it such as ddim(prediction=velocity,noise=cosine)")
+    return schedule(match[1], **{name.strip(): _value(value.strip()) for name, _, value in pairs})
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def schedule(name: str, **options: Any) -> Schedule:

@@ -13,7 +13,8 @@ from optpass.errors import OptpassError
 from optpass.runtime import choice
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import Array, Opened, open_engine, open_on, require, unfit
-from optpass.runtime.manifest import PREFILL, STEP, Bounds, Engine, Manifest, TensorInfo, engine_id
+from optpass.runtime.features import opens
+from optpass.runtime.manifest import FULL, PREFILL, REUSE, STEP, Bounds, Engine, Manifest, TensorInfo, engine_id
 from optpass.runtime.providers import Provider
 
 
@@ -35,7 +36,7 @@ class Session:
         self.name = name
         self.engine: Engine = manifest.engines[name]
         self.threads = threads
-        self._opened = opened
+        self.opened = opened
 
     @property
     def raw(self) -> Session:
@@ -58,7 +59,7 @@ class Session:
         Raises:
             OptpassError: an input is missing, unknown, or not of the dtype, rank or size the engine takes.
         """
-        results = self.call(self._opened, check_inputs(self.engine, arrays))
+        results = self.call(self.opened, check_inputs(self.engine, arrays))
         return {info.name: array for info, array in zip(self.outputs, results, strict=True)}
 
     def call(self, opened: Opened, arrays: Sequence[Array], wanted: Sequence[int] | None = None) -> list[Array]:
@@ -153,6 +154,13 @@ def _opened(
         prompt = manifest.engines.get(engine_id(found.backend, found.precision, found.role, PREFILL))
         prefill = opening(prompt) if prompt else None
         session: Session = Generator(manifest, name, opened, count, prefill, prompt)
+    elif opens(found.stage, found.inputs, found.outputs):
+        from optpass.runtime.denoise import Denoiser  # which is a session too
+
+        computing = manifest.engines.get(engine_id(found.backend, found.precision, found.role, FULL))
+        split = computing is not None and found.stage == REUSE
+        full = opening(computing) if computing is not None and split else None
+        session = Denoiser(manifest, name, opened, count, full, computing if split else None)
     else:
         session = Session(manifest, name, opened, count)
     session.taken = str(getattr(opened, "taken", ""))

@@ -47,8 +47,8 @@ def test_prompt_of_several_pieces() -> None:
     text = np.random.default_rng(0).integers(0, VOCABULARY, 300)
     model = generator(context=400)
     assert model.generate(text[None], max_new_tokens=5)[0, 300:].tolist() == decoded(text.tolist(), 5)
-    assert isinstance(model._opened, Counting)
-    assert [count for _, count in model._opened.steps] == [256, 44, 1, 1, 1, 1]
+    assert isinstance(model.opened, Counting)
+    assert [count for _, count in model.opened.steps] == [256, 44, 1, 1, 1, 1]
 
 
 class Lying(Drafter):

@@ -57,3 +57,13 @@ def directory() -> Path:
 def _complete(folder: Path) -> bool:
     kinds = ("images-idx3", "labels-idx1")
     return all((folder / f"{split}-{kind}-ubyte.gz").is_file() for split in ("train", "t10k") for kind in kinds)
+
+
+def pixels(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normalised images ``[n, 1, 28, 28]`` to pixels in [-1, 1]."""
+    return np.clip((images * STD + MEAN) * 2 - 1, -1, 1)
+
+
+def bytes_of(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Normalised images ``[n, 1, 28, 28]`` back to bytes ``[n, 28, 28]``."""
+    return np.rint((images[:, 0] * STD + MEAN) * 255).astype(np.uint8)

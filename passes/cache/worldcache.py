@@ -1,0 +1,172 @@
+"""Predict each token by how its path bends: keep still ones, follow straight ones, damp those that turn.
+
+What turning tokens have moved since, weighed by how much they turn, says when to compute. Paper: WorldCache:
+Accelerating World Models for Free via Heterogeneous Token Caching (ICML 2026), with the formulas of its authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from optpass.passes.cache.policies import Policy, PolicyOptions, State, since
+from optpass.runtime.features import COUNT, LAST, STREAK, THRESHOLD
+from optpass.runtime.features import STEP as AT
+
+STILL = 1e-6
+"""A token whose squared speed is below this share of the mean one is still, whatever its curvature rounds to."""
+
+
+class WorldCacheOptions(PolicyOptions):
+    """Options of ``worldcache``."""
+
+    warmup: int = Field(5, ge=1, description="first steps, which are computed")
+    streak: int = Field(6, ge=0, description="most steps in a row that are predicted; 0 predicts none")
+    threshold: float = Field(1.0, ge=0, description="drift at which a step is computed; 0 computes all")
+    stable: float = Field(0.3, ge=0, le=1, description="share of the tokens, those that bend least, that are kept")
+    chaotic: float = Field(0.6, ge=0, le=1, description="share from which on tokens count as turning")
+    drift_mean: Literal["all", "chaotic"] = Field("all", description="tokens that drift is averaged over")
+    groups: list[str] = Field(
+        [], description="spans of tokens with shares of their own, such as [image:0..64,depth:64..128]"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> WorldCacheOptions:
+        if self.stable > self.chaotic:
+            raise ValueError(f"stable={self.stable:g} lies above chaotic={self.chaotic:g}")
+        for text in self.groups:
+            _span(text)
+        return self
+
+
+class WorldCache(Policy):
+    """Three groups of tokens by curvature, each predicted in its own way; drift of the turning ones decides."""
+
+    name = "worldcache"
+    options_type = WorldCacheOptions
+    whole = True
+    needs = 3
+
+    def start(self, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Features, velocity and the one before, and per token curvature and group (0 stable, 1 linear, 2 chaotic)."""
+        found: dict[str, Tensor] = {}
+        for f, feature in enumerate(features):
+            found |= {f"{name}_{f}": torch.zeros_like(feature) for name in ("feature", "velocity", "before")}
+            found |= {f"{name}_{f}": torch.zeros_like(apart(feature)[..., 0]) for name in ("curvature", "group")}
+        return found | {"drift": torch.zeros_like(apart(features[0])[:, 0, 0])}
+
+    def due(self, state: State, probes: Sequence[Tensor]) -> Tensor:
+        """Whether any sample has drifted too far."""
+        return (state["drift"] >= state[THRESHOLD]).any(0, keepdim=True)
+
+    def predict(self, state: State) -> list[Tensor]:
+        """Each token by its group."""
+        return [self._predicted(state, f) for f in self._numbers(state)]
+
+    def _predicted(self, state: State, f: int) -> Tensor:
+        k = since(state)
+        feature = state[f"feature_{f}"]
+        group = like(state[f"group_{f}"], feature)
+        straight = torch.where(group == 1, state[f"velocity_{f}"], 0.0)
+        return feature + k * torch.where(group == 2, self._slope(state, f, k), straight)
+
+    def _slope(self, state: State, f: int, k: Tensor) -> Tensor:
+        """Velocity that turns into the one before, the further away the more."""
+        share = (k / state[STREAK].clamp(min=1)).clamp(max=1)
+        share = share * share * (3 - 2 * share)
+        return (1 - share) * state[f"velocity_{f}"] + share * state[f"before_{f}"]
+
+    def predicted(self, state: State, probes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The drift of this step is added."""
+        k = since(state)
+        drift = state["drift"]
+        for f in self._numbers(state):
+            moved = apart(k * self._slope(state, f, k) - (k - 1) * self._slope(state, f, k - 1)).norm(dim=-1)
+            chaotic = (state[f"group_{f}"] == 2).to(moved.dtype)
+            each = state[f"curvature_{f}"] * moved * chaotic
+            count = chaotic.sum(1).clamp(min=1) if self.options.drift_mean == "chaotic" else each.shape[1]
+            drift = drift + each.sum(1) / count
+        return {"drift": drift}
+
+    def computed(self, state: State, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Velocities move on, and tokens are grouped anew; drift starts at nothing."""
+        found: dict[str, Tensor] = {}
+        distance = (state[AT] - state[LAST]).to(torch.float32).clamp(min=1)
+        for f, feature in enumerate(features):
+            before = state[f"velocity_{f}"]
+            velocity = torch.where(state[COUNT] >= 1, (feature - state[f"feature_{f}"]) / distance, 0.0)
+            bend = apart((velocity - before) / distance).norm(dim=-1)
+            speed = apart(velocity).square().sum(-1)
+            curvature = bend / (speed + 1e-8)
+            curvature = torch.where(speed < STILL * speed.mean(1, keepdim=True), 0.0, curvature)
+            spans = list(self._spans(curvature.shape[1]))
+            groups = [self._grouped(curvature[:, start:stop]) for start, stop in spans]
+            found |= {
+                f"feature_{f}": feature,
+                f"velocity_{f}": velocity,
+                f"before_{f}": before,
+                f"curvature_{f}": curvature,
+                f"group_{f}": torch.cat(groups, 1) if len(groups) > 1 else groups[0],
+            }
+        return found | {"drift": torch.zeros_like(state["drift"])}
+
+    def _grouped(self, curvature: Tensor) -> Tensor:
+        ordered = curvature.sort(1)[0]
+        low, high = (quantile(ordered, share) for share in (self.options.stable, self.options.chaotic))
+        return (curvature >= low).to(curvature.dtype) + (curvature >= high).to(curvature.dtype)
+
+    def _spans(self, count: Any) -> Iterator[tuple[Any, Any]]:
+        """The named groups, and what lies between and behind them."""
+        at: Any = 0
+        for start, stop in sorted(_span(text)[1:] for text in self.options.groups):
+            if isinstance(count, int) and stop > count:
+                break  # of features with fewer tokens, such as those of another stream
+            if start > at:
+                yield at, start
+            yield start, stop
+            at = stop
+        if not isinstance(count, int) or at < count:
+            yield at, count
+
+    def _numbers(self, state: State) -> range:
+        return range(sum(name.startswith("feature_") for name in state))
+
+
+def apart(feature: Tensor) -> Tensor:
+    """A feature as tokens ``[batch, tokens, channels]``: of an image or a video each pixel is one."""
+    if feature.dim() <= 3:
+        return feature
+    return feature.movedim(2 if feature.dim() == 5 else 1, -1).flatten(1, -2)
+
+
+def like(each: Tensor, feature: Tensor) -> Tensor:
+    """Values by token, ``[batch, tokens]``, shaped to broadcast against a feature."""
+    if feature.dim() <= 3:
+        return each.unsqueeze(-1)
+    axis = 2 if feature.dim() == 5 else 1
+    sizes = [size for dim, size in enumerate(feature.shape) if dim != axis]
+    return each.reshape(sizes).unsqueeze(axis)
+
+
+def quantile(ordered: Tensor, share: float) -> Tensor:
+    """A quantile of values in order, ``[batch, n]`` to ``[batch, 1]``; between two of them in a straight line."""
+    last: Any = ordered.shape[1] - 1
+    if not isinstance(last, int):
+        at = last * round(share * 1000) // 1000
+        return ordered[:, at : at + 1]
+    place = share * last
+    low = min(int(place), last)
+    high = min(low + 1, last)
+    return torch.lerp(ordered[:, low : low + 1], ordered[:, high : high + 1], place - low)
+
+
+def _span(text: str) -> tuple[str, int, int]:
+    name, _, limits = text.partition(":")
+    start, _, stop = limits.partition("..")
+    if not name or not start.isdigit() or not stop.isdigit() or int(start) >= int(stop):
+        raise ValueError(f"{text!r} is no span of tokens such as image:0..64")
+    return name, int(start), int(stop)

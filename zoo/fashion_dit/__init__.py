@@ -1,0 +1,1 @@
+"""fashion-dit: a class-conditional diffusion transformer, trained on Fashion-MNIST."""
