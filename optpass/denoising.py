@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from optpass import partial
 from optpass.canonical import PRODUCTS
 from optpass.errors import Refusal
 from optpass.program import Stage, TensorSpec, op_name
@@ -260,7 +261,7 @@ def stages(parts: Parts, form: str) -> list[Stage]:
 class Parts(nn.Module):
     """The graph in three: ``front`` runs in each step, ``inner`` is skipped, ``back`` goes on from the features."""
 
-    def __init__(self, found: Cut, policy: Policy) -> None:
+    def __init__(self, found: Cut, policy: Policy, recompute: float = 0.0) -> None:
         super().__init__()
         self.found, self.policy = found, policy
         module = found.structure.module
@@ -283,9 +284,10 @@ class Parts(nn.Module):
         on = [n for n in nodes if n in needed and n not in tail and _handed(n) and n.users.keys() & (needed & tail)]
         given = list(dict.fromkeys([*(n for n in on if _variable(n)), *(n for n in outputs if n not in tail)]))
         self.sizes = len(anchors), len(found.probes), len(into)
-        self.front = extract(module, placeholders, [*anchors, *found.probes, *into, *given])
-        self.inner = extract(module, into, found.features)
-        self.back = extract(module, [*given, *found.features], list(outputs))
+        self.front, _ = extract(module, placeholders, [*anchors, *found.probes, *into, *given])
+        self.inner, _ = extract(module, into, found.features)
+        self.back, _ = extract(module, [*given, *found.features], list(outputs))
+        self.into = into
         self.count = len(placeholders)
         self.example = found.structure.stage.example
         with torch.no_grad():
@@ -297,6 +299,23 @@ class Parts(nn.Module):
         every = shared | self.start | policy.start(features, probes)
         self.initial = {name: value.clone() for name, value in every.items()}
         self.lasting = {STEPS, *self.start}
+        self.few: GraphModule | None = None
+        if recompute:
+            self._recompute(recompute)
+
+    def _recompute(self, share: float) -> None:
+        """Compute a share of the tokens in each step that is predicted."""
+        found, policy = self.found, self.policy
+        space, count = partial.space_of(found), partial.tokens(found)
+        score = policy.score(self.initial)
+        if score is None:
+            what = f"policy {policy.name} tells no tokens apart"
+            raise Refused(Refusal("recompute", what, "use worldcache, or a polynomial with order=1 or more"))
+        if any(feature.meta["val"].dim() < 3 or feature.meta["val"].shape[1] != count for feature in found.features):
+            what = "what is predicted has other tokens than the blocks"
+            raise Refused(Refusal("recompute", what, "predict another region, or leave recompute out"))
+        self.width = max(round(share * (count - space.protected)), 1) + space.protected
+        self.few = partial.gathered(found, self.into, self.width)
 
     def look(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Anchors, probes, what the skipped part is given, and what goes around it."""
@@ -332,6 +351,26 @@ class Parts(nn.Module):
         """The state behind a computed step."""
         own = self.policy.computed(state, self.less(features, anchors), probes)
         return {STEP: state[STEP] + 1, LAST: state[STEP] + 0, COUNT: state[COUNT] + 1, **own}
+
+    def chosen(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The tokens that are computed in a step that is predicted, ascending."""
+        score = self.policy.score(state)
+        assert score is not None
+        return partial.choose(score, self.width, partial.space_of(self.found))
+
+    def completed(
+        self,
+        state: Mapping[str, Tensor],
+        predicted: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        into: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Features of a step that is predicted; some tokens are computed after all, where that is asked for."""
+        features = self.plus(predicted, anchors)
+        if self.few is None:
+            return features
+        chosen = self.chosen(state)
+        return partial.put(self.few(chosen, *into), chosen, features)
 
     def predicted(self, state: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """Features by the policy, and whether any of them is no number."""
@@ -376,11 +415,11 @@ class _Reuse(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         parts, state = self.parts, self.parts.states(tensors)
-        anchors, probes, _, around = parts.look(tensors[: parts.count])
+        anchors, probes, into, around = parts.look(tensors[: parts.count])
         predicted, damaged = parts.predicted(state)
         new = {STEP: state[STEP] + 1, **parts.policy.predicted(state, probes)}
         new |= {REFUSED: parts.must(state, probes, damaged), DAMAGED: damaged}
-        features = parts.plus(predicted, anchors)
+        features = parts.completed(state, predicted, anchors, into)
         return (*parts.back(*around, *features), *(new[name] for name in self.names))
 
 
@@ -415,18 +454,23 @@ class _Steered(nn.Module):
             own, state = named(tensors)
             features = list(parts.inner(*own["into"]))
             new = parts.after(state, features, own["anchors"], own["probes"])
-            return (*(x.clone() for x in features), *(new[name].clone() for name in kept))
+            return tuple(map(_own, [*features, *(new[name] for name in kept)]))
 
         def reused(*tensors: Tensor) -> tuple[Tensor, ...]:
             own, state = named(tensors)
             new = {**state, STEP: state[STEP] + 1, **parts.policy.predicted(state, own["probes"])}
-            features = parts.plus(own["predicted"], own["anchors"])
-            return (*(x.clone() for x in features), *(new[name].clone() for name in kept))
+            features = parts.completed(state, own["predicted"], own["anchors"], own["into"])
+            return tuple(map(_own, [*features, *(new[name] for name in kept)]))
 
         # the op itself: its wrapper takes sizes for dynamic that are not
         found = torch.ops.higher_order.cond(compute.squeeze(0), computed, reused, tuple(operands))
         features, states = found[: len(predicted)], found[len(predicted) :]
         return (*parts.back(*around, *features), *states, compute, damaged)
+
+
+def _own(result: Tensor) -> Tensor:
+    """A result of a branch, in an order of memory that the other branch has too, and no other name of an input."""
+    return result.clone(memory_format=torch.contiguous_format)
 
 
 def _stage(name: str, parts: Parts, module: Any) -> Stage:
@@ -494,8 +538,12 @@ def _handed(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), list | tuple)
 
 
-def extract(module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
-    """What computes ``outputs`` of ``inputs``, as a module of its own; weights are shared."""
+def extract(
+    module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]
+) -> tuple[GraphModule, dict[Node, Node]]:
+    """What computes ``outputs`` of ``inputs``, as a module of its own, and what each node became in it; weights are
+    shared.
+    """
     graph = Graph()
     new: dict[Node, Node] = {}
     for number, node in enumerate(inputs):
@@ -507,7 +555,7 @@ def extract(module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(new[node] for node in outputs))
     graph.lint()
-    return GraphModule(module, graph)
+    return GraphModule(module, graph), new
 
 
 __all__ = ["Cut", "Parts", "cut", "extract", "stages"]

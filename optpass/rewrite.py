@@ -633,6 +633,10 @@ class Builder:
         assert layout is not None
         return walker.coerce(walker.value(node), layout, self.level)
 
+    def given(self, node: Node) -> Value:
+        """A value of the old graph without tokens of this site, as it is."""
+        return self._walker.value(node).proxy
+
     def visible(self, mask: Node | None) -> Value | None:
         """Which tokens any query sees, bool ``[batch or 1, tokens]``.
 

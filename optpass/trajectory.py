@@ -6,6 +6,7 @@ the cut ones: no part, no branch and no trace of the stages is in it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from optpass import partial
 from optpass.denoising import Cut, Parts
 from optpass.probes import difference
 from optpass.program import Stage
@@ -57,7 +59,8 @@ def walk(parts: Parts, stages: Sequence[Stage]) -> Probes:
         reuse = max(reuse, _gap(step, expected))
         state = step.state
         inputs = _next(found, inputs, step.outputs[0], number)
-    return Probes(identity=identity, reuse=max(reuse, _at_rest(parts, by_name)))
+    # tokens that are computed without the others are not what they are with them, at rest neither
+    return Probes(identity=identity, reuse=max(reuse, 0.0 if parts.few else _at_rest(parts, by_name)))
 
 
 def _at_rest(parts: Parts, stages: Mapping[str, Stage]) -> float:
@@ -106,8 +109,23 @@ def _beside(parts: Parts, inputs: Sequence[Tensor], state: State) -> Walked:
         features = [values[n] for n in found.features]
         return Walked(whole, {**state, **parts.after(state, features, anchors, probes)}, True)
     features = parts.plus(predicted, anchors)
+    if parts.few is not None:
+        features = _some_computed(parts, inputs, state, features)
     outputs, _ = _interpreted(found, inputs, (), dict(zip(found.features, features, strict=True)))
     return Walked(outputs, {**state, STEP: state[STEP] + 1, **policy.predicted(state, probes)}, False)
+
+
+def _some_computed(parts: Parts, inputs: Sequence[Tensor], state: State, features: list[Tensor]) -> list[Tensor]:
+    """The same with no token moved: those that are not chosen are hidden from the others instead of left out."""
+    found = parts.found
+    chosen = torch.zeros(len(features[0]), partial.tokens(found), dtype=torch.bool).scatter(
+        1, parts.chosen(state), True
+    )
+    _, values = _interpreted(found, inputs, [node for node in parts.into if node.op != "get_attr"])
+    weight = found.structure.module
+    given = [values[n] if n in values else operator.attrgetter(str(n.target))(weight) for n in parts.into]
+    computed = partial.hidden(found, parts.into)(chosen, *given)
+    return [torch.where(chosen.unsqueeze(-1), new, old) for new, old in zip(computed, features, strict=True)]
 
 
 def _interpreted(

@@ -41,6 +41,9 @@ class _Options(Options):
         None,
         description="what is predicted: output, blocks (the stream behind them), or a range of blocks such as 2:10",
     )
+    recompute: float = Field(
+        0.0, ge=0, lt=1, description="share of the tokens, those that turn most, computed in a step that is predicted"
+    )
     form: Literal["branch", "split"] = Field(
         "branch", description="one engine that decides in its graph, or two between which the driver chooses"
     )
@@ -104,5 +107,5 @@ class Cache(Staging):
     def denoiser(self, stage: Stage) -> tuple[Parts, list[Stage]]:
         """Predict features in steps that need not be computed."""
         policy = self.options.chosen()
-        parts = Parts(denoising.cut(stage, policy, self.options.region), policy)
+        parts = Parts(denoising.cut(stage, policy, self.options.region), policy, self.options.recompute)
         return parts, denoising.stages(parts, self.options.form)

@@ -75,6 +75,10 @@ class Policy:
         """The features of this step, by the last computed ones."""
         raise NotImplementedError
 
+    def score(self, state: State) -> Tensor | None:
+        """How little a prediction of each token is worth, ``[batch, tokens]``; None where all are alike."""
+        return None
+
     def computed(self, state: State, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """The state behind a computed step, all of it."""
         raise NotImplementedError
@@ -112,6 +116,11 @@ class Polynomial(Policy):
             weight = weight * (away[i - 1 : i] if self.newton else away[:1] / i)
             found = found + weight * state[f"difference_{feature}_{i}"]
         return found
+
+    def score(self, state: State) -> Tensor | None:
+        """How much each token last moved beyond what the polynomial of one degree less foresaw."""
+        order = self.options.order
+        return state[f"difference_0_{order}"].norm(dim=-1) if order else None
 
     @property
     def newton(self) -> bool:

@@ -132,6 +132,10 @@ class WorldCache(Policy):
         if not isinstance(count, int) or at < count:
             yield at, count
 
+    def score(self, state: State) -> Tensor:
+        """Curvature by speed, which has no unit."""
+        return state["curvature_0"] * apart(state["velocity_0"]).norm(dim=-1)
+
     def _numbers(self, state: State) -> range:
         return range(sum(name.startswith("feature_") for name in state))
 

@@ -20,6 +20,8 @@ CLASSES = 10
 class Sinusoids(nn.Module):
     """A number for each sample, ``[batch]``, to a vector ``[batch, width]``; ``scale`` brings it to 0 to 1000."""
 
+    rates: Tensor
+
     def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("rates", scale * torch.exp(-math.log(10_000) * torch.arange(128) / 128), persistent=False)
@@ -60,8 +62,8 @@ class Block(nn.Module):
         query, key, value = qkv.view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         x = x + gate1[:, None] * self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        changed: Tensor = self.mlp(modulated(self.norm2(x), shift2, scale2))
-        return x + gate2[:, None] * changed
+        x = x + gate2[:, None] * self.mlp(modulated(self.norm2(x), shift2, scale2))
+        return x
 
 
 class Head(nn.Module):

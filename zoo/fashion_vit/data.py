@@ -61,9 +61,11 @@ def _complete(folder: Path) -> bool:
 
 def pixels(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Normalised images ``[n, 1, 28, 28]`` to pixels in [-1, 1]."""
-    return np.clip((images * STD + MEAN) * 2 - 1, -1, 1)
+    scaled: NDArray[np.float32] = np.clip((images * STD + MEAN) * 2 - 1, -1, 1)
+    return scaled
 
 
 def bytes_of(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Normalised images ``[n, 1, 28, 28]`` back to bytes ``[n, 28, 28]``."""
-    return np.rint((images[:, 0] * STD + MEAN) * 255).astype(np.uint8)
+    found: NDArray[np.uint8] = np.rint((images[:, 0] * STD + MEAN) * 255).astype(np.uint8)
+    return found

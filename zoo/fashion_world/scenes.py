@@ -20,7 +20,8 @@ Array = NDArray[np.float32]
 
 def items(images: NDArray[np.uint8]) -> Array:
     """Bytes ``[n, 28, 28]`` to items ``[n, 14, 14]`` in [0, 1]: means of 2x2 pixels."""
-    return images.reshape(-1, ITEM, 2, ITEM, 2).mean((2, 4), dtype=np.float32) / 255
+    small: Array = images.reshape(-1, ITEM, 2, ITEM, 2).mean((2, 4), dtype=np.float32) / 255
+    return small
 
 
 @dataclass(frozen=True)
