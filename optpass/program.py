@@ -174,7 +174,9 @@ def output_specs(
     specs = []
     for name, node in zip(names, results, strict=True):
         value = node.meta["val"]
-        shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
+        # a size that was computed may be a number whatever the dynamic ones are
+        sizes = [int(str(s)) if str(s).isdigit() else str(s) for s in value.shape]
+        shape = tuple(s if isinstance(s, int) else symbols.get(s, s) for s in sizes)
         specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), shape))
     return tuple(specs)
 

@@ -6,6 +6,7 @@ the cut ones: no part, no branch and no trace of the stages is in it.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from optpass.denoising import Cut, Parts
 from optpass.probes import difference
 from optpass.program import Stage
 from optpass.results import Probes
-from optpass.runtime.features import COMPUTED, NEW, REFUSED, STATE, STEP, STEPS
+from optpass.runtime.features import COMPUTED, NEW, REFUSED, STATE, STEP, STEPS, STREAK, THRESHOLD, WARMUP
 from optpass.runtime.manifest import FULL, REUSE, STEERED
 
 RUN = 12
 """Steps of the run."""
+
+PREDICTING = {WARMUP: torch.tensor([3]), STREAK: torch.tensor([3]), THRESHOLD: torch.tensor([math.inf])}
+"""Knobs of a second run, where the first one computes every step and so says nothing of the others."""
 
 State = dict[str, Tensor]
 
@@ -46,21 +50,37 @@ def walk(parts: Parts, stages: Sequence[Stage]) -> Probes:
         ``identity``: largest difference of a computed step from the model. ``reuse``: of any step and of the state
         behind it from the interpreter, and of a step that is predicted where nothing changes from the model.
     """
-    found = parts.found
     by_name = {stage.name: stage for stage in stages}
-    state: State = {**parts.initial, STEPS: torch.tensor([RUN])}
+    identity, reuse, predicts = _run(parts, by_name, {})
+    if not predicts:
+        knobs = {name: value for name, value in PREDICTING.items() if name in parts.start}
+        identity, reuse = (max(pair) for pair in zip((identity, reuse), _run(parts, by_name, knobs)[:2], strict=True))
+    # tokens that are computed without the others are not what they are with them, at rest neither
+    return Probes(identity=identity, reuse=max(reuse, 0.0 if parts.few else _at_rest(parts, by_name)))
+
+
+def _run(parts: Parts, stages: Mapping[str, Stage], knobs: Mapping[str, Tensor]) -> tuple[float, float, bool]:
+    """Largest difference of a computed step from the model, of any from the interpreter, and whether one is predicted.
+
+    Args:
+        parts: the denoiser.
+        stages: by name.
+        knobs: in place of those that the policy was given.
+    """
+    found, main = parts.found, parts.found.structure.stage
+    state: State = {**parts.initial, STEPS: torch.tensor([RUN]), **knobs}
     identity = reuse = 0.0
-    main = found.structure.stage
+    predicts = False
     inputs = main.example
     for number in range(RUN):
         expected = _beside(parts, inputs, state)
-        step = _take(by_name, inputs, state)
+        step = _take(stages, inputs, state)
         identity = max(identity, difference(step.outputs, main.run(inputs)) if expected.computed else 0.0)
         reuse = max(reuse, _gap(step, expected))
+        predicts = predicts or not expected.computed
         state = step.state
         inputs = _next(found, inputs, step.outputs[0], number)
-    # tokens that are computed without the others are not what they are with them, at rest neither
-    return Probes(identity=identity, reuse=max(reuse, 0.0 if parts.few else _at_rest(parts, by_name)))
+    return identity, reuse, predicts
 
 
 def _at_rest(parts: Parts, stages: Mapping[str, Stage]) -> float:

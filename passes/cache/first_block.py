@@ -35,8 +35,8 @@ class FirstBlock(Polynomial):
         return super().start(features, probes) | {"probe": torch.zeros_like(probes[0])}
 
     def due(self, state: State, probes: Sequence[Tensor]) -> Tensor:
-        """Whether the difference has reached the threshold."""
-        return change(probes[0], state["probe"]) >= state[THRESHOLD]
+        """Whether the difference has reached the threshold, or is no number."""
+        return ~(change(probes[0], state["probe"]) < state[THRESHOLD])
 
     def computed(self, state: State, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """The probe is kept."""

@@ -38,8 +38,8 @@ class TeaCache(Polynomial):
         return super().start(features, probes) | {"probe": torch.zeros_like(probes[0]), "change": torch.zeros(1)}
 
     def due(self, state: State, probes: Sequence[Tensor]) -> Tensor:
-        """Whether the change has reached the threshold with this step."""
-        return self._added(state, probes) >= state[THRESHOLD]
+        """Whether the change has reached the threshold with this step, or is no number."""
+        return ~(self._added(state, probes) < state[THRESHOLD])
 
     def _added(self, state: State, probes: Sequence[Tensor]) -> Tensor:
         relative = change(probes[0], state["probe"])

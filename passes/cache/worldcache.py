@@ -60,8 +60,8 @@ class WorldCache(Policy):
         return found | {"drift": torch.zeros_like(apart(features[0])[:, 0, 0])}
 
     def due(self, state: State, probes: Sequence[Tensor]) -> Tensor:
-        """Whether any sample has drifted too far."""
-        return (state["drift"] >= state[THRESHOLD]).any(0, keepdim=True)
+        """Whether any sample has drifted too far, or how far is no number."""
+        return ~(state["drift"] < state[THRESHOLD]).all(0, keepdim=True)
 
     def predict(self, state: State) -> list[Tensor]:
         """Each token by its group."""
@@ -134,7 +134,8 @@ class WorldCache(Policy):
 
     def score(self, state: State) -> Tensor:
         """Curvature by speed, which has no unit."""
-        return state["curvature_0"] * apart(state["velocity_0"]).norm(dim=-1)
+        speed: Tensor = apart(state["velocity_0"]).norm(dim=-1)
+        return state["curvature_0"] * speed
 
     def _numbers(self, state: State) -> range:
         return range(sum(name.startswith("feature_") for name in state))
