@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,6 +78,18 @@ def dynamic_dimensions(dynamic: list[str] | None, static: bool) -> list[str] | N
     if static and dynamic:
         raise OptpassError("usage", "--static and --dynamic exclude each other", "give one of them")
     return [] if static else dynamic or None
+
+
+def share(text: str, name: str) -> float:
+    """``2%`` or ``0.02``."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        found = float(number) / (100 if percent else 1)
+    except ValueError:
+        found = math.nan
+    if rest or not 0 < found < 1:
+        raise OptpassError("usage", f"{name} is {text!r}", "give a share such as 2% or 0.02")
+    return found
 
 
 def read_inputs(path: Path | None) -> dict[str, Any] | None:

@@ -54,6 +54,14 @@ def command(
             metavar="NAME", help="How a denoiser draws samples, such as ddim(prediction=velocity,noise=cosine)."
         ),
     ] = "",
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most similarity that samples of a denoiser may lose, such as 2%: sets how often cache predicts.",
+            show_default=False,
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure latency, per engine.")] = 2.0,
     json: options.Json = False,
 ) -> Outcome:
@@ -101,6 +109,7 @@ def command(
             seconds=seconds,
             target=target or (),
             sampler=sampler,
+            max_drop=None if max_drop is None else options.share(max_drop, "--max-drop"),
             progress=report,
         )
     failure = failure_of(result.passes, result.fidelity)

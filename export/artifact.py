@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -136,6 +136,12 @@ class Writer:
                 del self._opened[next(iter(self._opened))]
             self._opened[engine] = open_session(self.folder, self._draft(), engine)
         return self._opened[engine]
+
+    def begin_with(self, engine: str, initial: Mapping[str, float]) -> None:
+        """Set what state a run of an engine begins with."""
+        before = self.engines[engine]
+        self.engines[engine] = before.model_copy(update={"initial": {**before.initial, **initial}})
+        self.forget(engine)
 
     def forget(self, engine: str) -> None:
         """Close an engine whose files are about to change."""

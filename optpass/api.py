@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from optpass import bisection, cost, diagnosis, difference, dump, grammar, manager, measure, presets
+from optpass import bisection, calibration, cost, diagnosis, difference, dump, grammar, manager, measure, presets
 from optpass.budget import Budget, Quality, load_budget
 from optpass.cache import Cache, home
 from optpass.capture import capture
@@ -32,6 +32,7 @@ from optpass.results import (
     Latency,
     Metric,
     OptimizeResult,
+    PassRecord,
     PreviewResult,
     ReportResult,
     VerifyResult,
@@ -39,8 +40,9 @@ from optpass.results import (
 from optpass.runtime import check as checks
 from optpass.runtime import choice, schedules
 from optpass.runtime import manifest as manifests
+from optpass.runtime.denoise import Denoiser
 from optpass.runtime.engines.base import layers as engine_layers
-from optpass.runtime.features import recognise
+from optpass.runtime.features import STATE, recognise
 from optpass.runtime.providers import Provider
 from optpass.runtime.session import load
 from optpass.structure import Structure, analyse
@@ -69,6 +71,7 @@ def optimize(
     seconds: float = 2.0,
     target: str | Sequence[str] = (),
     sampler: str = "",
+    max_drop: float | None = None,
     progress: Progress | None = None,
 ) -> OptimizeResult:
     """Capture a model, apply verified passes, lower it, check and measure the engines, and write one artifact.
@@ -95,6 +98,8 @@ def optimize(
             is built, and neither checked nor measured: it is in ``unrun``.
         sampler: by which a denoiser draws samples, such as ``ddim(prediction=velocity,noise=cosine)``; that of the zoo
             model, or one guessed from the timestep of the example, by default.
+        max_drop: of the similarity of samples to those of the dense engine, such as 0.02: ``cache`` of a denoiser
+            predicts as often as keeps it.
         progress: called with each step.
 
     Returns:
@@ -134,6 +139,9 @@ def optimize(
     if not outcome.ok and on_fail == "stop":
         return failed
     drawing = _sampler(sampler, source, outcome.program)
+    if max_drop is not None and not (outcome.program.driver == "denoise" and 0 < max_drop < 1):
+        what = f"max_drop={max_drop:g} is no bound on the samples of a denoiser that keeps features"
+        raise OptpassError("usage", what, "give 0 to 1, with cache among the passes of a denoiser")
     with artifact.writer(
         out,
         source=program.source,
@@ -158,6 +166,8 @@ def optimize(
         latency: list[Latency] = []
         if faithful:
             for main, dense in names:
+                if max_drop is not None:
+                    records = _calibrated(new, main, dense, evaluation, max_drop, records, steps)
                 steps.next(f"take the metric on {main}")
                 recorded = new.reference("dense")
                 figures += evaluation.run(partial(new.session, dense), partial(new.session, main), recorded)
@@ -699,6 +709,30 @@ class _Steps:
     def at(self, what: str, done: int) -> None:
         if self._progress is not None:
             self._progress(what, done, max(self._total, done + 1))
+
+
+def _calibrated(
+    new: artifact.Writer,
+    main: str,
+    dense: str,
+    evaluation: Evaluation,
+    max_drop: float,
+    records: list[PassRecord],
+    steps: _Steps,
+) -> list[PassRecord]:
+    """Set the knob of an engine, and say so in the record of the pass."""
+    model, other = new.session(main), new.session(dense)
+    assert isinstance(model, Denoiser)
+    assert isinstance(other, Denoiser)
+    given = evaluation.data or new.reference("dense").inputs({})
+    conditions = {name: given[name] for name in model.roles.conditions}
+    found = calibration.calibrate(model, other, conditions, max_drop, steps.next)
+    new.begin_with(main, {STATE + found.knob: found.value})
+    said = f"{main}: {found}"
+    return [
+        r.model_copy(update={"data": "; ".join(filter(None, (r.data, said)))}) if r.name == "cache" else r
+        for r in records
+    ]
 
 
 def _sampler(asked: str, source: Any, program: Program) -> str:

@@ -39,18 +39,21 @@ def fit(
     batches: Callable[[int], Iterator[Any]],
     loss: Callable[[nn.Module, Any], Tensor],
     steps: int,
+    scheduled: int,
     weights: Path,
     progress: Progress,
 ) -> float:
     """Train, and write the mean of the late weights in float16; a run that was cut off goes on from its checkpoint.
 
-    Matrices of the blocks are trained by Muon, the rest by AdamW; the learning rate falls to nothing over all steps.
+    Matrices of the blocks are trained by Muon, the rest by AdamW. The mean of the weights does what a learning rate that
+    falls to nothing does, so that a run may end before it has.
 
     Args:
         model: in training mode.
         batches: from a step on, the batches of the steps that follow.
         loss: of a batch, computed in bfloat16 where the processor has instructions for it.
         steps: in all.
+        scheduled: steps over which the learning rate would fall to nothing.
         weights: the file to write, with a checkpoint beside it.
         progress: called after each step.
 
@@ -69,7 +72,7 @@ def fit(
         Muon(matrices, lr=LEARNING_RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         AdamW(rest, lr=LEARNING_RATE / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    schedules = [LambdaLR(each, lambda step: _rate(step, steps)) for each in optimizers]
+    schedules = [LambdaLR(each, lambda step: _rate(step, scheduled)) for each in optimizers]
     stateful: list[Any] = [model, averaged, *optimizers, *schedules]
     checkpoint = weights.with_name("checkpoint.pt")
     done, before = 0, 0.0
@@ -107,9 +110,9 @@ def fit(
     return time.monotonic() - start
 
 
-def _rate(step: int, steps: int) -> float:
+def _rate(step: int, scheduled: int) -> float:
     """Share of the learning rate: up during the warm-up, then down to nothing in a straight line."""
-    return min((step + 1) / (WARMUP * steps), max(steps - step, 0) / ((1 - WARMUP) * steps))
+    return min((step + 1) / (WARMUP * scheduled), max(scheduled - step, 0) / ((1 - WARMUP) * scheduled))
 
 
 def write_log(output: Path, facts: dict[str, Any], model: nn.Module) -> None:

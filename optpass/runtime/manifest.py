@@ -34,7 +34,7 @@ PRESENT, IN_PLACE = "present_", "-in-place"
 """What names of outputs begin with that lie where the inputs ``past_...`` do, and the name of a stage that has such."""
 
 LIBRARIES = (
-    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
+    "nncf", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
     "torch", "transformers",
 )  # fmt: skip
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",

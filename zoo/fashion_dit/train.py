@@ -15,7 +15,7 @@ from optpass.zoo.fashion_dit import quality
 from optpass.zoo.fashion_dit.model import CLASSES, STEPS, FashionDiT
 from optpass.zoo.fashion_vit import data
 
-BATCHES, BATCH = 2000, 64
+BATCHES, SCHEDULED, BATCH = 1250, 2000, 64
 UNLABELLED = 0.1
 """Share of the images that are shown without their label, as guidance needs it."""
 JUDGED = 1000
@@ -32,7 +32,7 @@ def train(output: Path, progress: diffusion.Progress) -> float:
     torch.manual_seed(0)
     model = FashionDiT().train()
     weights = output / "model.safetensors"
-    seconds = diffusion.fit(model, _batches, _loss, BATCHES, weights, progress)
+    seconds = diffusion.fit(model, _batches, _loss, BATCHES, SCHEDULED, weights, progress)
     model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     labels = np.arange(JUDGED) % CLASSES
     found = quality.judged(_samples(model.eval(), torch.from_numpy(labels)).numpy(), labels)

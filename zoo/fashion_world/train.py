@@ -15,7 +15,7 @@ from optpass.zoo.fashion_vit import data
 from optpass.zoo.fashion_world import entry, scenes
 from optpass.zoo.fashion_world.model import FashionWorld
 
-BATCHES, BATCH = 2000, 64
+BATCHES, SCHEDULED, BATCH = 1500, 2000, 64
 BLUR = 0.1
 """Largest noise on the past frames: in a rollout they are the model's own."""
 ROLLOUTS, FRAMES, STEPS = 50, 16, 25
@@ -32,7 +32,7 @@ def train(output: Path, progress: diffusion.Progress) -> float:
     torch.manual_seed(0)
     model = FashionWorld().train()
     weights = output / "model.safetensors"
-    seconds = diffusion.fit(model, _batches, _loss, BATCHES, weights, progress)
+    seconds = diffusion.fit(model, _batches, _loss, BATCHES, SCHEDULED, weights, progress)
     model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     facts = {"steps": BATCHES, "frames": BATCHES * BATCH, "seconds": round(seconds)}
     ratio = _judged(model.eval())
