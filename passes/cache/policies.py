@@ -152,7 +152,9 @@ def change(new: Tensor, old: Tensor) -> Tensor:
     Each sample is looked at by itself, so that what else is in a batch makes no step less exact.
     """
     distance = (new - old).abs().flatten(1).mean(1)
-    return (distance / old.abs().flatten(1).mean(1).clamp(min=1e-12)).amax(0, keepdim=True)
+    each = distance / old.abs().flatten(1).mean(1).clamp(min=1e-12)
+    # engines do not agree on which is larger, a number or what is none
+    return torch.where(each.isnan(), torch.inf, each).amax(0, keepdim=True)
 
 
 def policies() -> dict[str, type[Policy]]:
