@@ -43,10 +43,8 @@ class Calibrated:
     held: Metric
 
     def __str__(self) -> str:
-        drop, count = self.held.drop, self.held.samples
-        return (
-            f"{self.knob} {self.value:g} on {SEARCHED} samples; drop {drop.value:.4f} up to {drop.high:.4f} on {count}"
-        )
+        drop = f"drop {self.held.drop.value:.4f} up to {self.held.drop.high:.4f} on {self.held.samples} others"
+        return f"{self.knob} {self.value:g}, found on {SEARCHED} samples; {drop}"
 
 
 def calibrate(

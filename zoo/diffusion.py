@@ -45,8 +45,8 @@ def fit(
 ) -> float:
     """Train, and write the mean of the late weights in float16; a run that was cut off goes on from its checkpoint.
 
-    Matrices of the blocks are trained by Muon, the rest by AdamW. The mean of the weights does what a learning rate that
-    falls to nothing does, so that a run may end before it has.
+    Matrices of the blocks are trained by Muon, the rest by AdamW. The mean of the weights does what a learning rate
+    that falls to nothing does, so that a run may end before it has.
 
     Args:
         model: in training mode.

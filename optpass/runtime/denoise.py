@@ -65,6 +65,7 @@ class Denoiser(Session):
 
     Attributes:
         last: of the steps of the last ``denoise``; of a rollout those of all frames.
+        stateless: the engine with the inputs of the model alone.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Denoiser(Session):
         self.roles: Roles = found
         self.full, self.computing = full, computing
         self.last = Taken()
+        own = [info for info in self.engine.inputs if not info.name.startswith(STATE)]
+        self.stateless = self.engine.model_copy(update={"inputs": own})
+        self.results = [info.name for info in self.engine.outputs]
 
     @property
     def keeps(self) -> bool:
@@ -232,15 +236,15 @@ class Run:
                 that is not further on.
         """
         model, roles = self.model, self.model.roles
-        own = [info for info in model.engine.inputs if not info.name.startswith(STATE)]
+        own = model.stateless.inputs
         given = {roles.sample: sample, roles.timestep: _times(own, roles.timestep, sample, timestep), **conditions}
-        checked = check_inputs(model.engine.model_copy(update={"inputs": own}), given)
+        checked = check_inputs(model.stateless, given)
         arrays = {info.name: array for info, array in zip(own, checked, strict=True)}
         self._check(arrays)
         results = self._run(arrays)
         self.taken.steps += 1
         width = sample.shape[roles.channels]
-        first: Array = results[model.engine.outputs[0].name]
+        first: Array = results[model.results[0]]
         return first[(slice(None),) * roles.channels + (slice(width),)]
 
     def _check(self, arrays: Mapping[str, Array]) -> None:
@@ -278,8 +282,7 @@ class Run:
         given = [*arrays.values(), *self._state.values()]
         if model.full is not None and self._surely():
             return self._computed(given)
-        names = [info.name for info in model.engine.outputs]
-        results = dict(zip(names, model.call(model.opened, given), strict=True))
+        results = dict(zip(model.results, model.call(model.opened, given), strict=True))
         if DAMAGED in results and bool(results[DAMAGED]):
             self.taken.damaged.append(number)
         if REFUSED in results and bool(results[REFUSED]):

@@ -34,8 +34,8 @@ PRESENT, IN_PLACE = "present_", "-in-place"
 """What names of outputs begin with that lie where the inputs ``past_...`` do, and the name of a stage that has such."""
 
 LIBRARIES = (
-    "nncf", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
-    "torch", "transformers",
+    "nncf", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "tensorrt",
+    "tensorrt-rtx-cu13-bindings", "torch", "transformers",
 )  # fmt: skip
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
          "asimd", "bf16", "i8mm", "sve")  # fmt: skip

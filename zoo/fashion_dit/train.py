@@ -18,7 +18,7 @@ from optpass.zoo.fashion_vit import data
 BATCHES, SCHEDULED, BATCH = 1250, 2000, 64
 UNLABELLED = 0.1
 """Share of the images that are shown without their label, as guidance needs it."""
-JUDGED = 1000
+JUDGED = 300
 """Samples that the written weights are judged by."""
 
 
