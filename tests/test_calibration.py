@@ -52,7 +52,7 @@ def test_bound_is_held_on_other_samples(tmp_path: Path, passes: str) -> None:
         assert isinstance(model, Denoiser)
         dense = optpass.load(folder, engine="dense/onnxruntime-f32")
         assert isinstance(dense, Denoiser)
-        conditions = {"label": example()["label"].numpy()}
+        conditions = {"label": example()["label"].numpy()[-1:]}  # those that nothing was searched on
         args = {"count": 16, "seed": calibration.APART}
         expected, _ = calibration.similarity.samples(dense, conditions, **args)  # type: ignore[arg-type]
         found, taken = calibration.similarity.samples(model, conditions, **args)  # type: ignore[arg-type]
