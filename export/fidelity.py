@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from optpass.export import branches
 from optpass.export.translate import trials, work
 from optpass.program import Stage, op_name
 from optpass.runtime.check import Recorded, Reference, valued
@@ -42,7 +43,7 @@ def _ops(stage: Stage) -> int:
 
 def _precision(stage: Stage) -> str:
     """The coarsest precision of the values of a graph."""
-    values = [node.meta.get("val") for node in stage.exported.graph.nodes]
+    values = [node.meta.get("val") for node in branches.nodes(stage.exported.graph_module)]
     dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     return next((name for dtype, name in HALVES.items() if dtype in dtypes), "f32")
 
@@ -59,7 +60,8 @@ CHOICES = ("topk", "sort", "argsort", "argmax", "max", "min")
 
 def chooses(stage: Stage) -> bool:
     """Whether the graph decides by comparing values which tokens go where."""
-    return any(op_name(node) in CHOICES for node in stage.exported.graph.nodes if node.op == "call_function")
+    nodes = branches.nodes(stage.exported.graph_module)
+    return any(op_name(node) in CHOICES for node in nodes if node.op == "call_function")
 
 
 def effect(stage: Stage, dense: Stage) -> float:

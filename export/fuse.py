@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 
 def fuse(model: ir.Model) -> None:
-    """Rewrite a model in place."""
-    _divide(model.graph)
+    """Rewrite a model in place, branches as well; what is joined is of one graph, so that nothing runs for nothing."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        _divide(graph)
     _join_products(model.graph)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type in OPTIONAL_OUTPUTS:
@@ -32,7 +33,7 @@ def _divide(graph: ir.Graph) -> None:
         for place, value in enumerate(node.inputs):
             maker = value.producer() if value is not None else None
             other = node.inputs[1 - place]
-            if maker is None or maker.op_type != "Reciprocal" or other is None:
+            if maker is None or maker.op_type != "Reciprocal" or other is None or maker.graph is not graph:
                 continue
             made = ir.node("Div", [other, maker.inputs[0]], name=node.name)
             made.metadata_props.update(node.metadata_props)
@@ -44,27 +45,37 @@ def _divide(graph: ir.Graph) -> None:
             break
 
 
+Place = tuple[ir.Graph | None, ir.Value | None]
+"""A graph, and the value that products in it are of."""
+
+
 def _join_products(graph: ir.Graph) -> None:
-    groups: dict[ir.Value, list[ir.Node]] = defaultdict(list)
-    for node in graph:
-        if node.op_type == "MatMul" and node.inputs[0] is not None and _weight(node) is not None:
-            groups[node.inputs[0]].append(node)
-    for source, nodes in groups.items():
-        if len(nodes) > 1:
-            _join(graph, source, nodes)
+    # two branches may read the same weights: these are joined if they are read together wherever they are read
+    together: dict[frozenset[Place], dict[ir.Value, dict[Place, ir.Node]]] = defaultdict(dict)
+    order: dict[ir.Node, int] = {}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        order[node] = len(order)
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        products = _products(weight) if weight is not None else {}
+        if weight is not None and products:
+            together[frozenset(products)][weight] = products
+    for weights in together.values():
+        if len(weights) > 1:
+            _join(graph, weights, order)
 
 
-def _weight(node: ir.Node) -> ir.Value | None:
-    """The constant of a product ``[inner, outer]``, if nothing else reads it."""
-    value = node.inputs[1]
-    if value is None or value.const_value is None or not value.is_initializer() or len(value.uses()) > 1:
-        return None
-    return value if len(value.const_value.shape) == 2 else None
+def _products(weight: ir.Value) -> dict[Place, ir.Node]:
+    """The products with a weight ``[inner, outer]`` by their places; none if anything else reads it."""
+    if weight.const_value is None or not weight.is_initializer() or len(weight.const_value.shape) != 2:
+        return {}
+    uses = weight.uses()
+    found = {(use.node.graph, use.node.inputs[0]): use.node for use in uses if use.node.op_type == "MatMul"}
+    alone = len(found) == len(uses) and all(use.idx == 1 for use in uses) and not weight.is_graph_output()
+    return found if alone else {}
 
 
-def _join(graph: ir.Graph, source: ir.Value, nodes: list[ir.Node]) -> None:
-    """One product for all, in the place of the first."""
-    weights = [weight for node in nodes if (weight := _weight(node)) is not None]
+def _join(graph: ir.Graph, weights: dict[ir.Value, dict[Place, ir.Node]], order: dict[ir.Node, int]) -> None:
+    """One product for all at each place, where the first was."""
     tensors = [weight.const_value for weight in weights if weight.const_value is not None]
     name = "+".join(str(weight.name) for weight in weights)
     widths = [int(tensor.shape[1]) for tensor in tensors]
@@ -78,18 +89,26 @@ def _join(graph: ir.Graph, source: ir.Value, nodes: list[ir.Node]) -> None:
     sizes = ir.Value(name=f"{name}.sizes", const_value=ir.tensor(np.array(widths, np.int64)))
     graph.register_initializer(joined)
     graph.register_initializer(sizes)
-    first = nodes[0]
-    product = ir.node("MatMul", [source, joined], name=f"{first.name}+")
+    for place in next(iter(weights.values())):
+        nodes = [products[place] for products in weights.values()]
+        _join_at(min(nodes, key=order.__getitem__), nodes, joined, sizes)
+    for weight in weights:
+        del graph.initializers[str(weight.name)]
+
+
+def _join_at(first: ir.Node, nodes: list[ir.Node], joined: ir.Value, sizes: ir.Value) -> None:
+    graph = first.graph
+    assert graph is not None
+    product = ir.node("MatMul", [first.inputs[0], joined], name=f"{first.name}+")
     product.outputs[0].name = f"{first.outputs[0].name}+"
     made = [product.outputs[0], sizes]
     split = ir.node("Split", made, {"axis": -1}, num_outputs=len(nodes), name=f"{first.name}.split")
     for node in (product, split):
         node.metadata_props.update(first.metadata_props)
     graph.insert_before(first, [product, split])
-    for node, weight, output in zip(nodes, weights, split.outputs, strict=True):
+    for node, output in zip(nodes, split.outputs, strict=True):
         stand_in(output, node.outputs[0])
         graph.remove(node, safe=True)
-        del graph.initializers[str(weight.name)]
 
 
 def _drop_unused_outputs(node: ir.Node) -> None:

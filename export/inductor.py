@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from optpass.errors import OptpassError
+from optpass.export import branches
 from optpass.export.base import Backend, Source
 from optpass.program import Stage, op_name, place_of
 from optpass.runtime.engines import inductor as engine
@@ -74,7 +75,8 @@ class Inductor(Backend):
         return FILE
 
     def ops(self, source: Source) -> Counter[str]:
-        return Counter(op_name(node) for node in source.stage.exported.graph.nodes if node.op == "call_function")
+        nodes = branches.nodes(source.stage.exported.graph_module)
+        return Counter(op_name(node) for node in nodes if node.op == "call_function")
 
     def rehearse(self, source: Source, folder: Path, precision: str, target: Sequence[str] = ()) -> None:
         """Nothing: what torch exports it compiles, in minutes."""

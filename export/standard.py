@@ -140,7 +140,7 @@ def halved(model: ir.Model, dtype: ir.DataType) -> None:
     whole numbers: places beyond 256 are not told apart in bfloat16.
     """
     shared: dict[tuple[ir.Value, bool], ir.Value] = {}
-    for node in list(model.graph):
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         weighed = any(value is not None and _is_weight(value) for value in node.inputs[1:2])
         if node.op_type not in HALF or not (weighed or node.op_type == "Attention"):
             continue
@@ -158,12 +158,14 @@ def halved(model: ir.Model, dtype: ir.DataType) -> None:
         wide.outputs[0].name, made.name = made.name, f"{made.name}/half"
         wide.outputs[0].type, wide.outputs[0].shape = made.type, made.shape
         made.type = None
-        model.graph.insert_after(node, wide)
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        graph.insert_after(node, wide)
         for user, place in users:
             user.replace_input_with(place, wide.outputs[0])
-        for place, output in enumerate(model.graph.outputs):
+        for place, output in enumerate(graph.outputs):
             if output is made:
-                model.graph.outputs[place] = wide.outputs[0]
+                graph.outputs[place] = wide.outputs[0]
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
@@ -189,7 +191,9 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, user: ir.Node) -
     if maker is None:
         graph.insert_before(graph[0], tape.nodes)
     else:
-        graph.insert_after(maker, tape.nodes)
+        # a value that a branch reads is cast where it is made, in whatever graph
+        assert isinstance(maker.graph, ir.Graph)
+        maker.graph.insert_after(maker, tape.nodes)
     return made
 
 

@@ -29,14 +29,16 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from onnxscript import opset18 as op
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
-from torch.onnx._internal.exporter import _core, _fx_passes, _registration, _tensors
+from torch.fx import Graph, Node
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration, _tensors
+from torch.onnx._internal.exporter._torchlib.ops.hop import higher_order_cond
 
 from optpass import appending  # noqa: F401 - registers the op
 from optpass.errors import OptpassError
+from optpass.export import branches
 from optpass.export.fuse import fuse
-from optpass.kernels.base import spelled_out
-from optpass.program import Stage, op_name, place_of, strip_wrapper
+from optpass.kernels.base import NAMESPACE, kernels, spelled_out
+from optpass.program import Stage, op_name, strip_wrapper
 
 aten = torch.ops.aten
 
@@ -62,7 +64,7 @@ def translate(stage: Stage) -> ir.Model:
         except Exception as error:  # torch raises its own types, whose module is private
             raise _untranslated(error, program) from error
     model.opset_imports[""] = OPSET
-    if any(node.domain == CONTRIB for node in model.graph):
+    if any(node.domain == CONTRIB for node in _nodes(model)):
         model.opset_imports[CONTRIB] = 1
     if model.functions:
         # OpenVINO does not know functions that a model brings itself
@@ -101,13 +103,13 @@ def _untranslated(error: Exception, program: ExportedProgram) -> OptpassError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    named = [node for node in program.graph.nodes if f"%{node.name} :" in str(error)]
+    named = [node for node in branches.nodes(program.graph_module) if str(node.format_node()) in str(error)]
     text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     return OptpassError(
         "not-lowered",
         f"an op has no translation to ONNX: {text[:200]}",
         "write that part of the model with ops that have one",
-        place_of(named[0]) if named else None,
+        branches.place(program.graph_module, named[0]) if named else None,
     )
 
 
@@ -116,24 +118,51 @@ def _untranslated(error: Exception, program: ExportedProgram) -> OptpassError:
 
 def _prepared(stage: Stage) -> ExportedProgram:
     program = copy.copy(stage.exported)
-    program._graph_module = _copied(program.graph_module)
-    for module in _modules(program):
+    program._graph_module = branches.copied(program.graph_module)
+    for module in branches.modules(program.graph_module):
         _spell_out(module.graph)
-    if any(not _translatable(node) for module in _modules(program) for node in module.graph.nodes):
-        # As torch.onnx does: sizes of 0 and 1 must not become constants on the way.
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            program = _fx_passes.decompose_with_registry(program, _registry())
+    if any(not _translatable(node) for node in branches.nodes(program.graph_module)):
+        program = _decomposed(program)
     # The private passes of torch run the graph, so they come before ops of our own do.
-    if any(_mixes_dtypes(node) for module in _modules(program) for node in module.graph.nodes):
+    if any(_mixes_dtypes(node) for node in branches.nodes(program.graph_module)):
         _fx_passes.insert_type_promotion_nodes(program.graph_module)
     _fx_passes.remove_assertion_nodes(program.graph_module)
-    graph = program.graph
-    _skip_no_ops(graph)
-    masks = Masks(stage, program)
+    inner_first = branches.modules(program.graph_module)[::-1]
+    branches.keep_constants(program.graph_module)
+    for module in inner_first:
+        _skip_no_ops(module.graph)
+    _rewrite(program.graph, Masks(stage, program))
+    # Masks look at how a value came about, so constants are folded when they have looked.
+    for graph in (module.graph for module in inner_first):
+        _fold_constants(graph)
+        for node in graph.find_nodes(op="call_function", target=branches.COND):
+            branches.drop_unread_operands(node)
+        graph.eliminate_dead_code(_has_effect)
+    _rename_outputs(program)
+    return program
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """The program in ops that have a translation, and in those of the reference where a branch has a kernel."""
+    table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(_registry())))
+    if any(str(node.target).startswith(f"{NAMESPACE}.") for node in branches.nodes(program.graph_module)):
+        table |= {kernel.op: kernel.reference for kernel in kernels().values()}
+    branches.make_retraceable(program.graph_module)
+    # As torch.onnx does: sizes of 0 and 1 must not become constants on the way.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        made: ExportedProgram = program.run_decompositions(table)
+    return made
+
+
+def _rewrite(graph: Graph, masks: Masks) -> None:
+    """Put nodes in the form to be translated, those of a branch in the place of the ``cond`` that has it."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if op_name(node) == "arange" and any(isinstance(arg, float) for arg in node.args):
+        if node.target is branches.COND:
+            for branch in branches.enter(node):
+                _rewrite(branch, masks)
+        elif op_name(node) == "arange" and any(isinstance(arg, float) for arg in node.args):
             _as_constant(node)
         elif node.target is aten.scaled_dot_product_attention.default:
             _attend(node, masks)
@@ -145,11 +174,6 @@ def _prepared(stage: Stage) -> ExportedProgram:
             _gather_rows(node)
         elif node.target is aten.sum.dim_IntList:
             _count(node)
-    # Masks look at how a value came about, so constants are folded when they have looked.
-    _fold_constants(graph)
-    graph.eliminate_dead_code(_has_effect)
-    _rename_outputs(program)
-    return program
 
 
 def _rename_outputs(program: ExportedProgram) -> None:
@@ -284,20 +308,6 @@ def _spell_out_diff(graph: Graph, node: Node) -> None:
 END = 2**63 - 1
 
 
-def _copied(module: GraphModule) -> GraphModule:
-    """A copy whose nodes have the same names, which the signature of a program refers to."""
-    graph = Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
-        new.name = old.name  # the copy evades the names of builtins, such as input
-        new.meta = dict(old.meta)
-    return GraphModule(module, graph)
-
-
-def _modules(program: ExportedProgram) -> list[GraphModule]:
-    return [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-
-
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
 
 
@@ -427,9 +437,10 @@ def _counts_up_a_column(node: Node, size: Any) -> bool:
     shape = node.meta["val"].shape
     if len(shape) != 2 or shape[1] != 1 or str(shape[0]) != str(size):
         return False
+    node = branches.origin(node)
     while node.target in (aten.unsqueeze.default, reshape, *RESHAPES):
-        node = node.args[0]  # type: ignore[assignment]
-    if op_name(node) != "arange" or node.meta["val"].dtype != torch.int64:
+        node = branches.origin(node.args[0])  # type: ignore[arg-type]
+    if node.op != "call_function" or op_name(node) != "arange" or node.meta["val"].dtype != torch.int64:
         return False
     start, step = {1: (0, 1), 2: (node.args[0], 1), 3: (node.args[0], node.args[-1])}[len(node.args)]
     return isinstance(start, int) and isinstance(step, int) and (start, step) == (0, 1)
@@ -443,13 +454,16 @@ def count_of(mask: Any, axes: Sequence[int], keep: bool) -> Any:
     raise NotImplementedError
 
 
+WIDENS = ("_to_copy", "prims.convert_element_type")
+
+
 def _count(node: Node) -> None:
     """Count in float32, which is exact up to 16 million: OpenVINO 2026.4 gets a sum of integers wrong.
 
     It does where a subtraction follows and more than a hundred rows of 16 or fewer are summed.
     """
     mask = node.args[0]
-    if isinstance(mask, Node) and op_name(mask) in ("_to_copy", "prims.convert_element_type"):
+    if isinstance(mask, Node) and mask.op == "call_function" and op_name(mask) in WIDENS:
         mask = mask.args[0]
     if not isinstance(mask, Node) or mask.meta["val"].dtype != torch.bool or node.meta["val"].dtype != torch.int64:
         return
@@ -637,13 +651,13 @@ class Masks:
         return self.kinds[mask]
 
     def _kind(self, mask: Node) -> str:
-        moved = mask
+        moved = mask = branches.origin(mask)
         while moved.op == "call_function" and op_name(moved) in MOVES and isinstance(moved.args[0], Node):
             # Moving the elements of a mask that masks nothing about gives one that masks nothing.
             values = self._values(moved)
             if values is not None:
                 break
-            moved = moved.args[0]
+            moved = branches.origin(moved.args[0])
         values = self._values(moved)
         if values is None:
             return "other"
@@ -690,6 +704,7 @@ class Masks:
 
     def _values(self, node: Node) -> list[Any] | None:
         """The tensor at each trial, None where it depends on data or is too large to look at."""
+        node = branches.origin(node)
         self._evaluate(node)
         values = self.known[node]
         return values if values and all(isinstance(value, torch.Tensor) for value in values) else None
@@ -699,12 +714,13 @@ class Masks:
         stack = [node]
         while stack:
             top = stack[-1]
-            needed = [] if self._is_size(top) else [n for n in top.all_input_nodes if n not in self.known]
+            sources = [branches.origin(n) for n in top.all_input_nodes]
+            needed = [] if self._is_size(top) else [n for n in sources if n not in self.known]
             if top in self.known or not needed:
                 stack.pop()
                 if top not in self.known:
                     self.known[top] = self._evaluated(top)
-            elif any(self.known.get(n, True) is None for n in top.all_input_nodes):
+            elif any(self.known.get(n, True) is None for n in sources):
                 self.known[top] = None
             else:
                 stack.append(needed[0])
@@ -722,7 +738,7 @@ class Masks:
             return None
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             return None
-        found = [self.known[n] for n in node.all_input_nodes]
+        found = [self.known[branches.origin(n)] for n in node.all_input_nodes]
         if any(values is None for values in found):
             return None
         results = []
@@ -915,6 +931,17 @@ def _onnx_grouped_mm(value: Any, weight: Any, ends: Any) -> Any:
     return op.Concat(*parts, axis=0)
 
 
+def _onnx_cond(predicate: Any, then: ir.Function, otherwise: ir.Function, operands: Sequence[Any]) -> Any:
+    rank, dtype = len(predicate.shape), predicate.dtype
+    if dtype != ir.DataType.BOOL:
+        predicate = op.Cast(predicate, to=int(ir.DataType.BOOL))
+    if rank:
+        predicate = op.Squeeze(predicate)
+    for function in (then, otherwise):
+        branches.close(function)
+    return higher_order_cond(predicate, then, otherwise, operands)
+
+
 def _onnx_linear(value: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(value, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
@@ -929,6 +956,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     reshape: _onnx_reshape,
     attention: _onnx_attention,
     appended: _onnx_appended,
+    branches.COND: _onnx_cond,
     bias_of: _onnx_bias_of,
     rows_of: _onnx_rows_of,
     count_of: _onnx_count_of,
@@ -948,20 +976,25 @@ OF_LIBRARIES: dict[str, Callable[..., Any]] = {"transformers::grouped_mm_fallbac
 def _fold_transposed_weights(model: ir.Model) -> None:
     """Store the weights of linear layers the way they are multiplied, unless something else reads them too."""
     graph = model.graph
-    for node in list(graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
-        if weight is None or weight.const_value is None or len(weight.uses()) > 1 or weight.is_graph_output():
+    for name, weight in list(graph.initializers.items()):
+        tensor, users = weight.const_value, [use.node for use in weight.uses()]
+        if not isinstance(tensor, _core.TorchTensor) or not users or weight.is_graph_output():
             continue
-        tensor = weight.const_value
-        if not isinstance(tensor, _core.TorchTensor) or list(node.attributes["perm"].as_ints()) != [1, 0]:
+        if not all(_turns(node) for node in users):
             continue
-        made = node.outputs[0]
-        folded = ir.Value(name=f"{weight.name}.T", type=weight.type, shape=ir.Shape(list(tensor.shape)[::-1]))
+        folded = ir.Value(name=f"{name}.T", type=weight.type, shape=ir.Shape(list(tensor.shape)[::-1]))
         folded.const_value = _turned(tensor, str(folded.name))
         graph.register_initializer(folded)
-        ir.convenience.replace_all_uses_with(made, folded)
-        graph.remove(node, safe=True)
-        del graph.initializers[str(weight.name)]
+        for node in users:
+            ir.convenience.replace_all_uses_with(node.outputs[0], folded)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
+        del graph.initializers[name]
+
+
+def _turns(node: ir.Node) -> bool:
+    transpose = node.op_type == "Transpose" and node.domain == ""
+    return transpose and list(node.attributes["perm"].as_ints()) == [1, 0] and not node.outputs[0].is_graph_output()
 
 
 def _turned(tensor: _core.TorchTensor, name: str) -> ir.LazyTensor:
@@ -980,24 +1013,31 @@ def _forget(model: ir.Model) -> None:
     """
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "optpass", None
-    used = {value for node in _nodes(model) for value in node.inputs if value is not None}
+    outputs = set(model.graph.outputs)
     for name, value in list(model.graph.initializers.items()):
         value.metadata_props.clear()
-        if value not in used and not value.is_graph_output():
+        if not value.uses() and value not in outputs:
             del model.graph.initializers[name]
+    around: dict[ir.Graph, str] = {}
     for node in _nodes(model):
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         path = strip_wrapper(scopes[-2]) if len(scopes) > 1 else ""
+        # the tracer forgets the modules of what is in a branch
+        path = path or (around.get(node.graph, "") if isinstance(node.graph, ir.Graph) else "")
+        around |= {value.as_graph(): path for value in node.attributes.values() if value.type == GRAPH}
         node.metadata_props.clear()
         if path:
             node.metadata_props[MODULE] = path
         node.meta.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-            if not value.is_graph_output():
+            if value not in outputs:
                 value.shape, value.type = None, None
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
+
+
+GRAPH = ir.AttributeType.GRAPH
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -1010,7 +1050,7 @@ def _name(model: ir.Model, stage: Stage) -> None:
     """Give inputs and outputs the names and dimensions of the specs; other values make way."""
     graph = model.graph
     names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
-    inner = [value for node in graph for value in node.outputs] + list(graph.initializers.values())
+    inner = [value for node in _nodes(model) for value in node.outputs] + list(graph.initializers.values())
     for value in (*graph.inputs, *inner):
         if value.name in names:
             value.name = f"{value.name}.inner"
@@ -1041,7 +1081,7 @@ class Work:
 def work(stage: Stage) -> Work:
     """Count the contractions of a stage; an upper estimate of those on one path."""
     count, longest = 0, 1
-    for node in stage.exported.graph.nodes:
+    for node in branches.nodes(stage.exported.graph_module):
         if node.op != "call_function" or op_name(node) not in CONTRACTIONS:
             continue
         count += 1
