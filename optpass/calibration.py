@@ -63,9 +63,11 @@ def calibrate(
         max_drop: of the similarity, such as 0.02.
         progress: called with each value that is tried.
     """
-    rows = len(next(iter(conditions.values()))) if conditions else 0
-    half = max(rows // 2, 1)
-    parts = [{n: a[:half] for n, a in conditions.items()}, {n: a[-half:] for n, a in conditions.items()}]
+    half = max(max((len(a) for n, a in conditions.items() if model.batched(n)), default=0) // 2, 1)
+    parts = [
+        {n: a[rows] if model.batched(n) else a for n, a in conditions.items()}
+        for rows in (slice(half), slice(-half, None))
+    ]
     found = {}
     for part, count, seed in zip(parts, (SEARCHED, HELD), (0, APART), strict=True):
         found[seed] = part, count, similarity.samples(dense, part, count=count, seed=seed)[0]

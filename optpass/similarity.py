@@ -70,7 +70,8 @@ def samples(
 
     Args:
         model: an engine that denoises.
-        conditions: one row a sample; they are used again from the start where there are fewer.
+        conditions: one row a sample, used again from the start where there are fewer; what all samples share is given
+            as it is.
         count: how many, rounded up to whole batches of a fixed size.
         seed: of the first; the next ones have the next seeds.
         **options: those of ``Denoiser.denoise``.
@@ -78,7 +79,8 @@ def samples(
     found, taken = [], Taken()
     for start, size in _batches(model, count):
         rows: dict[str, Any] = {
-            name: array[np.arange(start, start + size) % len(array)] for name, array in conditions.items()
+            name: array[np.arange(start, start + size) % len(array)] if model.batched(name) else array
+            for name, array in conditions.items()
         }
         options.setdefault("steps", STEPS)
         found.append(model.denoise(shape(model, size), seed=seed + start, **options, **rows))

@@ -97,6 +97,11 @@ class Denoiser(Session):
         """What is kept."""
         return [info for info in self.engine.inputs if info.name.startswith(STATE)]
 
+    def batched(self, name: str) -> bool:
+        """Whether an input has a row for each sample, as far as its first size says."""
+        first = {info.name: info.shape[:1] for info in self.engine.inputs}
+        return first[name] == first[self.roles.sample]
+
     def begin(
         self, steps: int, *, threshold: float | None = None, streak: int | None = None, warmup: int | None = None
     ) -> Run:
@@ -162,7 +167,7 @@ class Denoiser(Session):
         schedule = asked(sampler or self.manifest.sampler)
         start = drawn(noise, seed) if not isinstance(noise, np.ndarray) else noise
         way = schedule.start(steps)
-        guide = _Guide(self, steps, guidance, unconditional, dict(knobs or {}))
+        guide = _Guide(self, steps, guidance, unconditional, dict(knobs or {}), len(start))
         sample = way.initial(start)
         for index, timestep in enumerate(way.timesteps):
             predicted = guide.predict(sample, float(timestep), conditions)
@@ -189,7 +194,12 @@ class Denoiser(Session):
 
         Returns:
             float32 ``[batch, frames, ...]``.
+
+        Raises:
+            OptpassError: no frames, or as ``denoise``.
         """
+        if frames < 1:
+            raise OptpassError("usage", f"frames is {frames}", "give 1 or more")
         made: list[Array] = []
         taken = Taken()
         for frame in range(frames):
@@ -323,6 +333,7 @@ class _Guide:
         guidance: float,
         unconditional: Mapping[str, Array] | None,
         knobs: dict[str, Any],
+        count: int,
     ) -> None:
         if guidance != 1 and not unconditional:
             what = f"guidance is {guidance:g}, and nothing is said of what to go away from"
@@ -335,8 +346,9 @@ class _Guide:
         self.unconditional = dict(unconditional or {}) if guidance != 1 else {}
         self.runs = [model.begin(steps, **knobs)]
         first = next(info for info in model.engine.inputs if info.name == model.roles.sample).shape[0]
-        # of a fixed batch there is no room for both in one call
-        self.together = bool(self.unconditional) and isinstance(first, str)
+        # of a fixed batch there is no room for both in one call, nor for two values of what all samples share
+        room = isinstance(first, str) and 2 * count <= model.engine.dynamic[first].maximum
+        self.together = bool(self.unconditional) and room and all(map(model.batched, self.unconditional))
         if self.unconditional and not self.together:
             self.runs.append(model.begin(steps, **knobs))
 
@@ -346,7 +358,10 @@ class _Guide:
             return self.runs[0].step(sample, timestep, **conditions)
         other = {**conditions, **self.unconditional}
         if self.together:
-            both = {name: np.concatenate([conditions[name], other[name]]) for name in conditions}
+            both = {
+                name: np.concatenate([array, other[name]]) if self.runs[0].model.batched(name) else array
+                for name, array in conditions.items()
+            }
             wanted, free = np.split(self.runs[0].step(np.concatenate([sample, sample]), timestep, **both), 2)
         else:
             wanted = self.runs[0].step(sample, timestep, **conditions)
@@ -362,7 +377,13 @@ class _Guide:
 
 
 def drawn(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Noise, each sample from a seed of its own, so that it does not depend on the batch it is drawn in."""
+    """Noise, each sample from a seed of its own, so that it does not depend on the batch it is drawn in.
+
+    Raises:
+        OptpassError: there is no sample in it.
+    """
+    if not len(shape) or shape[0] < 1:
+        raise OptpassError("usage", f"noise of shape {list(shape)} has no sample", "give 1 sample or more")
     one = [np.random.default_rng(seed + number).standard_normal(tuple(shape[1:])) for number in range(shape[0])]
     return np.stack(one).astype(np.float32)
 

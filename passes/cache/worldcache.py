@@ -7,13 +7,16 @@ Accelerating World Models for Free via Heterogeneous Token Caching (ICML 2026), 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from optpass.errors import Refusal
 from optpass.passes.cache.policies import Policy, PolicyOptions, State, since
+from optpass.rewrite import Refused
 from optpass.runtime.features import COUNT, LAST, STREAK, THRESHOLD
 from optpass.runtime.features import STEP as AT
 
@@ -38,8 +41,10 @@ class WorldCacheOptions(PolicyOptions):
     def _check(self) -> WorldCacheOptions:
         if self.stable > self.chaotic:
             raise ValueError(f"stable={self.stable:g} lies above chaotic={self.chaotic:g}")
-        for text in self.groups:
-            _span(text)
+        spans = sorted((_span(text)[1:], text) for text in self.groups)
+        for ((_, stop), first), ((start, _), second) in pairwise(spans):
+            if start < stop:
+                raise ValueError(f"groups {first} and {second} overlap")
         return self
 
 
@@ -54,6 +59,11 @@ class WorldCache(Policy):
     def start(self, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Features, velocity and the one before, and per token curvature and group (0 stable, 1 linear, 2 chaotic)."""
         found: dict[str, Tensor] = {}
+        most = max(int(apart(feature).shape[1]) for feature in features)
+        beyond = [text for text in self.options.groups if _span(text)[2] > most]
+        if beyond:
+            what = f"groups has {beyond[0]}, and what is predicted has {most} tokens"
+            raise Refused(Refusal("groups", what, "name spans inside of them"))
         for f, feature in enumerate(features):
             found |= {f"{name}_{f}": torch.zeros_like(feature) for name in ("feature", "velocity", "before")}
             found |= {f"{name}_{f}": torch.zeros_like(apart(feature)[..., 0]) for name in ("curvature", "group")}
