@@ -1,4 +1,4 @@
-"""The recipe of fashion-dit: an hour on one CPU core, nothing in it knows of caching. A cut-off run goes on."""
+"""The recipe of fashion-dit: twenty minutes on one CPU core, nothing in it knows of caching. A cut-off run goes on."""
 
 from __future__ import annotations
 
