@@ -11,6 +11,8 @@ from optpass.export import branches
 from optpass.export.translate import trials, work
 from optpass.program import Stage, op_name
 from optpass.runtime.check import Recorded, Reference, valued
+from optpass.runtime.features import STATE, STREAK
+from optpass.runtime.manifest import STEERED
 
 ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9, "int8": 2.0**-8}
 """Unit roundoff: half the distance from 1 to the next number, of integers half a step of the largest."""
@@ -79,11 +81,15 @@ def effect(stage: Stage, dense: Stage) -> float:
 
 @torch.no_grad()
 def reference(stage: Stage) -> Reference:
-    """Run a stage eagerly at the smallest, the example and the largest sizes of its dynamic dimensions."""
+    """Run a stage eagerly at the smallest, the example and the largest sizes of its dynamic dimensions.
+
+    A stage that decides in its graph is run once more at each of them with nothing to be predicted, so that both of its
+    branches are seen.
+    """
     recorded = []
-    for sizes in trials(stage):
-        tensors = stage.resized(sizes)
-        results = stage.run(tensors) if stage.ranges else stage.results
+    both = ({}, {STATE + STREAK: 0}) if stage.name == STEERED else ({},)
+    for sizes in [{**sizes, **more} for more in both for sizes in trials(stage)]:
+        results = stage.run(stage.resized(sizes)) if sizes else stage.results
         outputs = {spec.name: _array(t) for spec, t in zip(stage.outputs, results, strict=True)}
         recorded.append(Recorded.of(sizes, valued(outputs)))
     example = {spec.name: _array(tensor) for spec, tensor in zip(stage.inputs, stage.example, strict=True)}

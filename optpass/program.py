@@ -82,9 +82,14 @@ class Stage:
         return tuple(self.module(*tensors))
 
     def resized(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
-        """The example with its dynamic dimensions tiled or cropped to ``sizes``; values stay in their domain."""
+        """The example with its dynamic dimensions tiled or cropped to ``sizes``; values stay in their domain.
+
+        By the name of an input ``sizes`` may also hold a number that all of it is.
+        """
         tensors = []
         for spec, tensor in zip(self.inputs, self.example, strict=True):
+            if spec.name in sizes:
+                tensor = torch.full_like(tensor, sizes[spec.name])
             for axis, size in enumerate(spec.shape):
                 if isinstance(size, str) and size in sizes:
                     pick = torch.arange(sizes[size]) % tensor.shape[axis]

@@ -82,8 +82,10 @@ class Reference:
     recorded: Sequence[Recorded]
 
     def inputs(self, sizes: Mapping[str, int]) -> dict[str, Array]:
-        """The example with its dynamic dimensions tiled or cropped to ``sizes``."""
-        arrays = dict(self.example)
+        """The example with its dynamic dimensions tiled or cropped to ``sizes``, which may hold a number for all of an
+        input as well.
+        """
+        arrays = {n: np.full_like(array, sizes[n]) if n in sizes else array for n, array in self.example.items()}
         for name, axes in self.axes.items():
             for axis, dimension in axes.items():
                 if dimension in sizes:
