@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,50 @@ def test_a_predicate_has_one_element(shape: tuple[int, ...], tmp_path: Path) -> 
 
     stage = made(Compared(lambda self, x, state: (self.block(x), x.clone())), predicate=torch.ones(shape).bool())
     assert worst(stage, tmp_path) < ROUNDING
+
+
+def test_operands_that_are_called_like_ops_are_none(tmp_path: Path) -> None:
+    class Counted(Choice):
+        def forward(self, x: Tensor, state: Tensor, fresh: Tensor) -> Pair:
+            # ``_to_copy`` and ``arange``, when they are taken apart
+            positive, places = (x > 0).to(torch.int64), torch.arange(x.shape[0])
+
+            def then(x: Tensor, state: Tensor) -> Pair:
+                count = positive.sum([-1])[:, :4] % TOKENS
+                return cosine_similarity(x[places[:, None], count], state[:, :4], -1), state.clone()
+
+            def otherwise(x: Tensor, state: Tensor) -> Pair:
+                return x[:, :4, 0] + positive.sum([1, 2])[:, None] + places[:, None], state + 1
+
+            found: Pair = torch.cond(fresh, then, otherwise, (x, state))
+            return found
+
+    stage = made(Counted(lambda self, x, state: (x, state)))
+    assert worst(stage, tmp_path) < ROUNDING
+
+
+def test_no_name_stands_for_two_values() -> None:
+    stage = made(Cached())
+    names = ("layer_norm", "attention", "gelu")
+    outputs = tuple(replace(spec, name=name) for spec, name in zip(stage.outputs, names, strict=True))
+    model = translate(replace(stage, outputs=outputs))
+    found = Counter(value.name for node in nodes(model) for value in node.outputs)
+    assert set(names) < set(found)
+    assert set(found.values()) == {1}
+
+
+def test_what_is_in_a_branch_has_the_module_of_its_cond() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Cached()
+
+        def forward(self, x: Tensor, state: Tensor, fresh: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = self.inner(x, state, fresh)
+            return found
+
+    then, otherwise = sides(translate(made(Around())))
+    assert {node.metadata_props[MODULE] for node in (*then, *otherwise)} == {"inner"}
 
 
 def emitted(stage: Stage, inside: bool, clone: bool) -> Stage:
