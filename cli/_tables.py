@@ -251,7 +251,9 @@ def passes_table(records: Iterable[PassRecord]) -> Table:
     table = _table("passes, and the largest difference that each probe found")
     for heading in ("pass", "options", "sites", "tokens"):
         table.add_column(heading)
-    for heading in Probes.model_fields:
+    records = list(records)
+    probes = [name for name in Probes.model_fields if any(getattr(r.probes, name) is not None for r in records)]
+    for heading in probes:
         table.add_column(heading, justify="right")
     table.add_column("status")
     for record in records:
@@ -260,7 +262,7 @@ def passes_table(records: Iterable[PassRecord]) -> Table:
             escape(_options(record)),
             escape(_sites(record.sites)),
             escape(_tokens(record.tokens)),
-            *(_difference(getattr(record.probes, name)) for name in Probes.model_fields),
+            *(_difference(getattr(record.probes, name)) for name in probes),
             _coloured(record.status),
         )
     return table
@@ -279,6 +281,7 @@ def show_notes(records: Iterable[PassRecord], console: Console) -> None:
     lines = [f"{record.name} {record.status}: {record.reason}" for record in records if record.reason]
     lines += [f"{record.name} restores tokens: {text}" for record in records for text in record.restored]
     lines += [_contract(record) for record in records if record.error is not None]
+    lines += [f"{record.name}: {record.data}" for record in records if record.data and record.error is None]
     for line in lines:
         console.print(escape(line), soft_wrap=True)
     if lines:

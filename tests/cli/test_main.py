@@ -222,7 +222,7 @@ def test_json_is_one_object_and_nothing_else(name: str, api: Api, capsys: pytest
 def test_json_of_optimize_holds_what_was_done(api: Api) -> None:
     data = json.loads(call(*COMMANDS["optimize"], "--json")[1])
     assert data["artifact"] == "engine"
-    probes = {"identity": 0.0, "permutation": 2e-7, "equivalence": None, "incremental": None}
+    probes = {"identity": 0.0, "permutation": 2e-7, "equivalence": None, "incremental": None, "reuse": None}
     assert data["passes"][0]["probes"] == probes
     assert data["passes"][1]["status"] == "refused"
     assert data["latency"][0]["verdict"] == "no gain"
