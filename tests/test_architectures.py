@@ -48,7 +48,7 @@ def check_engine(stage: Stage, folder: Path) -> None:
 
 def check_probes(record: PassRecord) -> None:
     assert record.status == "kept", record
-    found = record.probes.model_dump(exclude={"incremental"})  # that of passes with a state
+    found = record.probes.model_dump(exclude={"incremental", "reuse"})  # that of passes with a state
     assert all(value is not None and value <= ROUNDING for value in found.values()), found
 
 
