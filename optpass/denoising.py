@@ -108,7 +108,9 @@ def cut(stage: Stage, policy: Policy, region: str | None = None) -> Cut:
     graph = _Flow(structure, roles, chosen)
     features = graph.cut(whole=region == "output")
     anchors = tuple(None if region == "output" else graph.anchor(feature) for feature in features)
-    return Cut(structure, roles, tuple(chosen), features, anchors, graph.probes(policy.probe, blocks))
+    probes = graph.probes(policy.probe, blocks)
+    graph.check_sizes((*features, *probes))
+    return Cut(structure, roles, tuple(chosen), features, anchors, probes)
 
 
 def _order(graph: Graph) -> Any:
@@ -142,6 +144,7 @@ class _Flow:
         self.paths = {node: call_path(node) for node in self.nodes}
         self.all = [block.path for tower in structure.towers for block in tower.blocks]
         (sample,) = (node for node in self.nodes if node.op == "placeholder" and node.target == roles.sample)
+        self.batch = str(sample.meta["val"].shape[0])
         self.noisy = _behind(self.nodes, [sample])
         self.heavy = [n for n in self.nodes if n in self.noisy and op_name(n) in HEAVY and self._within(n, blocks)]
         if not self.heavy:
@@ -204,6 +207,14 @@ class _Flow:
             elif op_name(node) in {"add", *PASS_THROUGH}:
                 queue += node.all_input_nodes
         return None
+
+    def check_sizes(self, kept: Iterable[Node]) -> None:
+        """Refuse what a driver could not make a state for: of dynamic sizes it knows the batch, and that in front."""
+        for node in kept:
+            first, *rest = (str(size) for size in node.meta["val"].shape)
+            if not all(size.isdigit() for size in ([] if first == self.batch else [first]) + rest):
+                what = "what is kept between steps has a dynamic size that is not the batch in front"
+                raise Refused(Refusal("dynamic-range", what, "declare a range for the batch alone, or for nothing"))
 
     def probes(self, kind: str, blocks: Sequence[Block]) -> tuple[Node, ...]:
         """What a policy of this kind looks at."""
