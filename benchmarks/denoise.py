@@ -602,6 +602,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the peer under torch.compile as well: minutes more")
     parser.add_argument("--threads", type=int, default=manifests.cores())
     parser.add_argument("--quick", action="store_true", help="few arms and runs: whether it works, nothing else")
+    parser.add_argument("--name", default="denoise", help="of the results; a figure is named by its model")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="directory of the results")
     given = parser.parse_args()
     if given.quick:
@@ -619,11 +620,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="optpass-benchmark-") as scratch:
                 for section in measured(course, backend, given, Path(scratch), data):
                     sections.append(section)
-                    text = report.write("denoise", data, [*sections, *_notes(data)], given.out)
+                    text = report.write(given.name, data, [*sections, *_notes(data)], given.out)
     print(text)
     if given.peers:
         script = Path(__file__).parent / "denoise_cachedit.py"
-        subprocess.run([given.peers, str(script), "draw", str(given.out / "denoise.json"), str(given.out)], check=True)
+        subprocess.run(
+            [given.peers, str(script), "draw", str(given.out / f"{given.name}.json"), str(given.out)], check=True
+        )
     else:
         report.say("no figures: they are drawn in the environment of --peers")
 

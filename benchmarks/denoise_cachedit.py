@@ -213,11 +213,11 @@ COLOURS = {
 """Of Okabe and Ito, which the colour-blind tell apart. A family is a colour, its members are lines and markers."""
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v")
 PANELS = {
-    "ssim": "SSIM to all steps computed",
+    "ssim": "1 - SSIM to all steps computed, better above",
     "psnr": "PSNR to all steps computed (dB)",
     "rollout": "dB to the true frames, % of all steps computed",
 }
-HIGHEST = {"psnr": 60.0}
+HIGHEST = {"psnr": 60.0, "ssim": 0.9999}
 """Above that samples look alike."""
 
 
@@ -246,13 +246,17 @@ def _figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             number = members[family] = members.get(family, -1) + 1
             known = [row for row in rows if row["group"] == group and row.get(key) is not None]
             points = sorted((row["speedup"]["value"], min(row[key], highest)) for row in known)
+            heights = [1 - y if key == "ssim" else y for _, y in points]
             axis.plot(
-                [x for x, _ in points], [y for _, y in points], LINES[number % len(LINES)],
+                [x for x, _ in points], heights, LINES[number % len(LINES)],
                 marker=MARKERS[number % len(MARKERS)], markersize=5, color=COLOURS.get(family, "#F0E442"),
                 linewidth=2.2 if family == CONTROL else 1.3, zorder=3 if family == CONTROL else 2, label=group,
             )  # fmt: skip
         axis.set_xlabel(f"times as fast as all 50 steps on {rows[0]['backend']}")
         axis.set_ylabel(PANELS[key])
+        if key == "ssim":
+            axis.set_yscale("log")
+            axis.invert_yaxis()
         axis.grid(color="#dddddd", linewidth=0.6)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{rows[0]['model']}: the control in black")
