@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from optpass.capture import capture
@@ -16,7 +18,9 @@ from optpass.grammar import parse
 from optpass.manager import apply
 from optpass.program import Program, Stage, op_name
 from optpass.results import PassRecord
+from optpass.runtime.denoise import Denoiser
 from optpass.structure import Block, analyse
+from tests.denoisers import session
 
 sys.path.insert(0, str(Path(__file__).parent))
 import architectures
@@ -73,3 +77,58 @@ def test_merge_holds_in_a_middle_block_or_is_refused_for_order(captured: Program
     check_probes(record)
     assert record.tokens == [record.tokens[0], int(record.tokens[0]) - 4]
     check_engine(made.program.main, tmp_path)
+
+
+CACHED = {
+    "dit": ("worldcache,form=branch", "first-block,form=split", "taylorseer,form=split"),
+    "auraflow": ("taylorseer,form=split", "worldcache,form=branch", "first-block,form=branch"),
+    "cogvideox": ("first-block,form=branch", "worldcache,form=split", "taylorseer,form=branch"),
+    "hunyuan_dit": ("first-block,form=split", "worldcache,form=branch", "taylorseer,form=branch"),
+    "sana": ("worldcache,form=split", "first-block,form=branch", "taylorseer,form=split"),
+}
+"""Policies that are held to probes, and the first of them on engines too."""
+
+EXTRAPOLATED = 31 * 2e-6
+"""Of the largest value: at the fifth step the parabola through steps 0, 1 and 2 is 6, -15 and 10 times what they are,
+and so are their roundings."""
+
+
+@pytest.mark.parametrize("captured", CACHED, indirect=True)
+def test_cache_holds_in_denoisers(captured: Program, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    chosen = CACHED[request.node.callspec.params["captured"]]
+    for options in chosen:
+        made = apply(captured, parse(f"cache(policy={options})"))
+        (record,) = made.records
+        assert record.status == "kept", record
+        assert record.probes.identity is not None
+        assert record.probes.reuse is not None
+        assert max(record.probes.identity, record.probes.reuse) <= ROUNDING, record
+        assert len(record.sites) == 4 - ("first-block" in options)
+        if options == chosen[0]:
+            check_steps(made.program.deployed, captured.main, tmp_path)
+
+
+def check_steps(stages: list[Stage], main: Stage, folder: Path) -> None:
+    """Hold engines to eager execution over a run with steps of both kinds."""
+    with artifact.writer(folder / "engine") as new:
+        names = [[new.add(stage, backend, "f32") for stage in stages] for backend in ("onnxruntime", "openvino")]
+        models = [session(stages), *(new.session(name, threads=1) for *_, name in names)]
+    given = {spec.name: tensor.numpy() for spec, tensor in zip(main.inputs, main.example, strict=True)}
+    eager = models[0]
+    assert isinstance(eager, Denoiser)
+    sample, start = given[eager.roles.sample], given[eager.roles.timestep]
+    conditions = {name: given[name] for name in eager.roles.conditions}
+    # what the first block adds changes more than its threshold between inputs so far apart, or less
+    shown = "state_probe" in {info.name for info in eager.state}
+    knobs: dict[str, Any] = {"threshold": 0.5, "streak": 3} if shown else {}
+    runs = [model.begin(12, **knobs) for model in models if isinstance(model, Denoiser)]
+    for step in range(12):
+        # whole numbers are steps of some hundred, fractions shares of the noise
+        time = start * (100 - step) if start.dtype.kind == "i" else (start * (100 - step) / 100).astype(start.dtype)
+        expected, *found = (run.step(sample, time, **conditions) for run in runs)
+        for each in found:
+            np.testing.assert_allclose(each, expected, rtol=0, atol=EXTRAPOLATED * np.abs(expected).max())
+        sample = sample - np.float32(0.05) * expected
+    assert len(runs) == 3
+    assert runs[0].taken == runs[1].taken == runs[2].taken
+    assert 2 < len(runs[0].taken.computed) < 12
