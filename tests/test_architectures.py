@@ -80,11 +80,11 @@ def test_merge_holds_in_a_middle_block_or_is_refused_for_order(captured: Program
 
 
 CACHED = {
-    "dit": ("worldcache,form=branch", "first-block,form=split", "taylorseer,form=split"),
-    "auraflow": ("taylorseer,form=split", "worldcache,form=branch", "first-block,form=branch"),
-    "cogvideox": ("first-block,form=branch", "worldcache,form=split", "taylorseer,form=branch"),
-    "hunyuan_dit": ("first-block,form=split", "worldcache,form=branch", "taylorseer,form=branch"),
-    "sana": ("worldcache,form=split", "first-block,form=branch", "taylorseer,form=split"),
+    "dit": ("worldcache,form=branch", "taylorseer,form=split"),
+    "auraflow": ("taylorseer,form=split", "first-block,form=branch"),
+    "cogvideox": ("first-block,form=branch", "worldcache,form=split"),
+    "hunyuan_dit": ("first-block,form=split", "worldcache,form=branch"),
+    "sana": ("worldcache,form=split", "taylorseer,form=branch"),
 }
 """Policies that are held to probes, and the first of them on engines too."""
 

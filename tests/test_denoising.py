@@ -63,14 +63,14 @@ def test_what_the_blocks_add_to_the_stream_is_predicted(form: str) -> None:
     found = cut(form)
     every = blocks(found)
     assert found.blocks == every
-    assert found.features == (every[3].exit,)
+    assert found.features == (every[2].exit,)
     assert found.anchors == (every[0].entry,)
     assert found.probes == ()
     assert (found.roles.sample, found.roles.timestep, found.roles.conditions) == ("sample", "timestep", ("label",))
 
 
 @pytest.mark.parametrize(
-    ("region", "first", "last"), [("1:3", 1, 2), ("2:", 2, 3), (":1", 0, 0), ("0:99", 0, 3), (":", 0, 3)]
+    ("region", "first", "last"), [("1:2", 1, 1), ("1:", 1, 2), (":1", 0, 0), ("0:99", 0, 2), (":", 0, 2)]
 )
 def test_a_range_of_blocks_is_predicted_from_where_it_begins(region: str, first: int, last: int) -> None:
     found = cut(region=region)
@@ -102,11 +102,11 @@ def test_a_stream_that_joins_again_across_the_range_is_a_feature_of_its_own() ->
     every = blocks(found)
     assert set(found.features) == {every[0].exit, every[1].exit}
     assert found.anchors == (every[0].entry, every[0].entry)
-    inside = cut("long", region="1:3")
-    assert inside.features == (blocks(inside)[2].exit,)
+    inside = cut("long", region="1:2")
+    assert inside.features == (blocks(inside)[1].exit,)
     # where it joins again inside the range, a linear layer stands between the stream and where it came in
     behind = cut("long")
-    assert behind.features == (blocks(behind)[3].exit,)
+    assert behind.features == (blocks(behind)[2].exit,)
     assert behind.anchors == (None,)
 
 
@@ -135,17 +135,17 @@ def attentions(module: torch.nn.Module) -> int:
     return sum(op_name(n) == "scaled_dot_product_attention" for g in graphs for n in g.graph.nodes)
 
 
-@pytest.mark.parametrize(("options", "always"), [("policy=first-block", 1), ("policy=interval,region=1:3", 2)])
+@pytest.mark.parametrize(("options", "always"), [("policy=first-block", 1), ("policy=interval,region=1:2", 2)])
 def test_blocks_that_are_skipped_are_in_one_branch_alone(options: str, always: int) -> None:
     full, reuse = stages(f"{options},form=split")
     assert (full.name, reuse.name) == ("full", "reuse")
-    assert (attentions(full.exported.graph_module), attentions(reuse.exported.graph_module)) == (4, always)
+    assert (attentions(full.exported.graph_module), attentions(reuse.exported.graph_module)) == (3, always)
     (steered,) = stages(f"{options},form=branch")
     module = steered.exported.graph_module
     (cond,) = [node for node in module.graph.nodes if node.target is torch.ops.higher_order.cond]
     sides = [module.get_submodule(str(branch.target)) for branch in cond.args[1:3]]
-    assert [attentions(side) for side in sides] == [4 - always, 0]
-    assert attentions(module) == 4
+    assert [attentions(side) for side in sides] == [3 - always, 0]
+    assert attentions(module) == 3
 
 
 def test_a_state_of_its_batch_is_taken_and_given_back() -> None:
@@ -383,8 +383,8 @@ def test_blocks_that_see_nothing_of_the_noise_are_none_to_skip() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("policy=interval,region=4:", "[region] region=4: holds none of 4 blocks to skip; name a range inside 0:4"),
-        ("policy=interval,region=3:1", "[region] region=3:1 holds none of 4 blocks to skip; name a range inside 0:4"),
+        ("policy=interval,region=3:", "[region] region=3: holds none of 3 blocks to skip; name a range inside 0:3"),
+        ("policy=interval,region=2:1", "[region] region=2:1 holds none of 3 blocks to skip; name a range inside 0:3"),
         (
             "policy=first-block,region=0:2",
             "[region] region=0:2 holds block 0, which this policy computes in each step; begin with 1",

@@ -172,7 +172,7 @@ class Masked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Small()
+        self.inner = Small(depth=1)
 
     def forward(self, sample: Tensor, timestep: Tensor, label: Tensor, table: Tensor) -> Tensor:
         found: Tensor = self.inner(sample, timestep, label) * table
