@@ -17,13 +17,6 @@ def fuse(model: ir.Model) -> None:
     for graph in (model.graph, *model.graph.subgraphs()):
         _divide(graph)
     _join_products(model.graph)
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type in OPTIONAL_OUTPUTS:
-            _drop_unused_outputs(node)
-
-
-OPTIONAL_OUTPUTS = ("LayerNormalization", "Dropout", "MaxPool")
-"""Ops that may have fewer outputs than torch's translation gives them."""
 
 
 def _divide(graph: ir.Graph) -> None:
@@ -109,12 +102,6 @@ def _join_at(first: ir.Node, nodes: list[ir.Node], joined: ir.Value, sizes: ir.V
     for node, output in zip(nodes, split.outputs, strict=True):
         stand_in(output, node.outputs[0])
         graph.remove(node, safe=True)
-
-
-def _drop_unused_outputs(node: ir.Node) -> None:
-    """Leave out the last outputs of a node that nothing reads: mean and deviation of a norm, which engines refuse."""
-    used = [number for number, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
-    node.resize_outputs(max([0, *used]) + 1)
 
 
 def stand_in(new: ir.Value, old: ir.Value) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript
 import torch
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
@@ -69,6 +69,8 @@ def translate(stage: Stage) -> ir.Model:
     if model.functions:
         # OpenVINO does not know functions that a model brings itself
         InlinePass()(model)
+    # torch writes all results of an op; mean and deviation of a norm engines refuse, the latter in mixed types
+    RemoveUnusedNodesPass()(model)
     _fold_transposed_weights(model)
     fuse(model)
     _forget(model)
@@ -130,6 +132,7 @@ def _prepared(stage: Stage) -> ExportedProgram:
     inner_first = branches.modules(program.graph_module)[::-1]
     branches.keep_constants(program.graph_module)
     for module in inner_first:
+        _type_numbers(module.graph)
         _skip_no_ops(module.graph)
     _rewrite(program.graph, Masks(stage, program))
     # Masks look at how a value came about, so constants are folded when they have looked.
@@ -369,9 +372,50 @@ def _mixes_dtypes(node: Node) -> bool:
     if op_name(node) in KEEPS_DTYPES or not isinstance(made, torch.Tensor):
         return False
     if made.dtype is torch.bool:
-        floats = any(isinstance(arg, float) for arg in node.args)
+        numbers = [arg.meta.get("val") if isinstance(arg, Node) else arg for arg in node.args]
+        floats = any(isinstance(number, float | torch.SymFloat) for number in numbers)
         return floats and not any(dtype.is_floating_point for dtype in dtypes)
     return bool(dtypes) and made.dtype not in dtypes
+
+
+UNTAGGED = ("where", "floor_divide")
+"""Pointwise ops that torch does not tag so."""
+
+WITH_TENSORS = {"Scalar": "Tensor", "Tensor_Scalar": "Tensor_Tensor"}
+"""The overload that takes a tensor in the place of a number."""
+
+
+def _type_numbers(graph: Graph) -> None:
+    """Give numbers the type of the tensors that they meet: ONNX promotes none, and a size there is an int64."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        pointwise = torch.Tag.pointwise in node.target.tags and op_name(node) not in KEEPS_DTYPES
+        if not isinstance(node.meta.get("val"), torch.Tensor) or not (pointwise or op_name(node) in UNTAGGED):
+            continue
+        operands = [str(argument.type) in ("Tensor", "number") for argument in node.target._schema.arguments]
+        given = zip(node.args, operands, strict=False)
+        node.args = tuple(_typed(node, arg) if operand else arg for arg, operand in given)
+
+
+def _typed(node: Node, number: Any) -> Any:
+    """An operand in the type that the node computes in, where it is a number."""
+    wanted: torch.dtype = node.meta["val"].dtype
+    if wanted is torch.bool:
+        values = [source.meta["val"] for source in node.all_input_nodes]
+        # numbers are compared in the type of the tensor
+        wanted = next(value.dtype for value in values if isinstance(value, torch.Tensor))
+    if isinstance(number, Node) and isinstance(number.meta["val"], torch.SymInt | torch.SymFloat):
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(aten.scalar_tensor.default, (number,), {"dtype": wanted})
+        made.meta = {**node.meta, "val": torch.empty((), dtype=wanted)}
+        assert isinstance(node.target, torch._ops.OpOverload)
+        overload = WITH_TENSORS.get(node.target._overloadname, "")
+        if overload in node.target.overloadpacket.overloads():
+            node.target = getattr(node.target.overloadpacket, overload)
+        return made
+    # torch's translations know the type of a number only where it stands behind a tensor; squares are known by their 2
+    return float(number) if type(number) is int and wanted.is_floating_point and op_name(node) != "pow" else number
 
 
 # Reshape

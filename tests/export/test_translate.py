@@ -131,6 +131,66 @@ def test_types_are_promoted_and_second_names_understood(tmp_path: Path) -> None:
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-6, atol=1e-6)
 
 
+class Sized(nn.Module):
+    """Sizes and whole numbers where the other operand is of another type."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        size, half = x.shape[0], x.half()
+        return {
+            "product": x * size,
+            "before": size - x,
+            "half": (half * size + half * (size * 0.5)).float(),
+            "integers": x.int() * size,
+            "truths": (x > 0) * size,
+            "fraction": x.long() * (size * 0.5),
+            "power": x**size,
+            "floor": x // size,
+            "larger": x > size - 2,
+            "whole": x.long() > size * 0.5,
+            "either": torch.where(x > 0, size, x),
+            "neither": torch.where(x > 0, 1, 0.5),
+            "less": torch.sub(x, 2, alpha=3),
+            "first": torch.rsub(x, 1, alpha=2),
+            "entropy": torch.special.entr(x),
+        }
+
+
+def test_sizes_and_whole_numbers_take_the_type_of_the_tensors_that_they_meet(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stage = models.stage(Sized(), {"x": torch.randn(3, 4)}, "x:0=n:1..8")
+    onnxruntime.save(translate(stage), tmp_path / "model.onnx")
+    engine = open_engine(tmp_path / "model.onnx", "f32", 1)
+    for sizes in trials(stage):
+        inputs = stage.resized(sizes)
+        found = engine.run([t.numpy() for t in inputs])
+        for spec, array, tensor in zip(stage.outputs, found, stage.run(inputs), strict=True):
+            assert array.dtype == tensor.numpy().dtype
+            # two products in float16 and their sum, which cancels nothing
+            tolerance = 3 * torch.finfo(torch.float16).eps if spec.name == "half" else 1e-6
+            np.testing.assert_allclose(array, tensor.numpy(), rtol=tolerance, atol=1e-6)
+
+
+class Normed(nn.Module):
+    """A convolution and a norm by statistics, in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layers(x.half())
+        return made.float()
+
+
+def test_what_nobody_reads_of_a_norm_is_not_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stage = models.stage(Normed().eval(), {"x": torch.randn(2, 1, 6, 6)})
+    model = translate(stage)
+    assert ops(model) == {"Cast": 2, "Conv": 1, "BatchNormalization": 1}
+    # values around 1, of nine products and a norm in float16
+    assert difference(stage, model, tmp_path) < 9 * torch.finfo(torch.float16).eps
+
+
 class Ranks(nn.Module):
     """How many entries of each row are positive, taken from another number, as merging does."""
 
