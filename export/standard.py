@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 from ml_dtypes import finfo
+from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript import optimizer, version_converter
 
 from optpass.errors import OptpassError, Place
@@ -133,16 +134,23 @@ HALF = ("MatMul", "Gemm", "Conv", "Attention")
 """Ops that are computed in half precision, the products only where they have a weight."""
 
 
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
 def halved(model: ir.Model, dtype: ir.DataType) -> None:
     """Compute products with weights, and attention, in a half precision, in place; all else stays as it is.
 
+    So does what is half already, in whichever precision: it was chosen by its error, and what is around it casts.
     Counting, choosing and merging tokens are products as well, of values that are computed or of constants that are
     whole numbers: places beyond 256 are not told apart in bfloat16.
     """
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     shared: dict[tuple[ir.Value, bool], ir.Value] = {}
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         weighed = any(value is not None and _is_weight(value) for value in node.inputs[1:2])
         if node.op_type not in HALF or not (weighed or node.op_type == "Attention"):
+            continue
+        if node.inputs[0] is not None and node.inputs[0].dtype in NARROW:
             continue
         for place, value in enumerate(node.inputs):
             if value is None:

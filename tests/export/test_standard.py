@@ -92,6 +92,32 @@ def test_what_is_counted_by_products_stays_in_float32() -> None:
     assert [str(node.inputs[1].name).endswith("/half") for node in products] == [False, True]
 
 
+class PartlyHalf(nn.Module):
+    """A product and an attention that are float16 as captured, and a product in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 8).half(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.first(x.half()).unflatten(2, (2, 4)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        made: Tensor = self.last(mixed.transpose(1, 2).flatten(2).float())
+        return made
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_what_is_half_already_stays_as_it_was_chosen(attention: bool) -> None:
+    stage = models.stage(PartlyHalf(), {"x": torch.randn(2, 5, 8)})
+    made = standard(translate(stage), attention=attention)
+    before = {node for node in made.graph if node.op_type == "Cast"}
+    halved(made, ir.DataType.FLOAT16)
+    added = [node.attributes["to"].as_int() for node in made.graph if node.op_type == "Cast" and node not in before]
+    assert added == [int(ir.DataType.FLOAT16), int(ir.DataType.FLOAT)], "of the product in float32 alone"
+    assert 0 < difference(run(made, stage), stage) <= fidelity.tolerance(stage, "f16")
+
+
 def test_an_op_without_a_standard_form_is_named_with_its_module() -> None:
     _, model = translated("vision")
     other = model.clone()
