@@ -155,6 +155,17 @@ class Writer:
             self._references[key] = fidelities.reference(self._sources[key].stage)
         return self._references[key]
 
+    def release(self) -> None:
+        """Record what eager execution gives, and let go of the weights: engines are files by now.
+
+        Nothing can be added any more.
+        """
+        for engine in [self.engines[name] for name in self.engines if self.runs(name)]:
+            self.reference(engine.role, engine.form)
+        for source in self._sources.values():
+            source.stage.release()
+            source.__dict__.pop("onnx", None)
+
     def fidelity(self, engines: Sequence[str] | None = None) -> list[Fidelity]:
         """Open engines and hold each against eager execution at the sizes of ``reference``.
 

@@ -44,7 +44,8 @@ class OpenVino(Backend):
             file = Path(work) / onnxruntime.FILE
             onnxruntime.save(source.onnx, file)
             try:
-                model = openvino.convert_model(str(file))
+                # which maps the weights, where convert_model holds them twice
+                model = openvino.Core().read_model(file)
             except Exception as error:  # of OpenVINO's own types
                 raise OptpassError(
                     "not-lowered", f"OpenVINO cannot convert the model: {_last_line(error)}", "use onnxruntime"

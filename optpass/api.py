@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,9 @@ def optimize(
     )
     if not outcome.ok and on_fail == "stop":
         return failed
+    if any(backends()[name].keeps_kernels(backends()[name].target(devices)) for name, _ in engines):
+        steps.next("apply the passes again, with kernels whole")
+        outcome = manager.with_whole_kernels(program, asked, outcome)
     drawing = _sampler(sampler, source, outcome.program)
     if max_drop is not None and not (outcome.program.driver == "denoise" and 0 < max_drop < 1):
         what = f"max_drop={max_drop:g} is no bound on the samples of a denoiser that keeps features"
@@ -154,6 +158,11 @@ def optimize(
         mains = [name for name, stage in added.items() if stage is outcome.program.deployed[-1]]
         names = [(main, new.add(before, *e, role="dense")) for main, e in zip(mains, engines, strict=True)]
         names = [(main, dense) for main, dense in names if new.runs(main) and new.runs(dense)]
+        layers = cost.layers(analyse(before), analyse(outcome.program.main), records)
+        new.release()
+        for stage in outcome.program.stages.values():
+            stage.release()
+        gc.collect()
         fidelity = new.fidelity()
         faithful = all(entry.ok for entry in fidelity)
         for made in finishing if faithful else ():
@@ -179,7 +188,7 @@ def optimize(
             drafts = measure.drafts(new.session(names[0][0]), new.reference("dense").inputs({})) if names else []
             new.finish(
                 passes=records,
-                layers=cost.layers(analyse(before), analyse(outcome.program.main), records),
+                layers=layers,
                 fidelity=fidelity,
                 metric=figures,
                 latency=latency,
@@ -759,10 +768,8 @@ def _devices(target: str | Sequence[str]) -> list[str]:
 
 def _check_devices(engines: Sequence[tuple[str, str]], devices: Sequence[str]) -> None:
     """Refuse devices that no backend of the call builds for, before any work starts."""
-    known = {name: backends()[name] for name, _ in engines}
-    for found in known.values():
-        found.target(devices)
-    if devices and not any(found.devices for found in known.values()):
+    known = {name: backends()[name].target(devices) for name, _ in engines}
+    if devices and not any(set(devices) & set(bound) for bound in known.values()):
         building = ", ".join(name for name, found in backends().items() if found.devices)
         what = f"{', '.join(known)} is built for no device by name, and {', '.join(devices)} is asked for"
         raise OptpassError("usage", what, f"add -b {building}, or leave --target out")

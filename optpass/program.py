@@ -53,6 +53,7 @@ class Stage:
         example: one tensor per input, inside the ranges.
         initial: what state a run begins with that is not zero, by the name of the input.
         in_place: the same for backends that write new rows into the buffers they are given; None where there is none.
+        whole: the same with each kernel as one node, for backends that run it on a GPU; None where there is none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     initial: Mapping[str, float] = field(default_factory=dict)
     in_place: Stage | None = None
+    whole: Stage | None = None
 
     @cached_property
     def module(self) -> GraphModule:
@@ -80,6 +82,17 @@ class Stage:
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run eagerly; one tensor per input, returns one per output."""
         return tuple(self.module(*tensors))
+
+    def release(self) -> None:
+        """Let go of the weights: the graph stays, and cannot be run any more.
+
+        They are dropped, not changed, so that whoever else holds the model keeps it whole.
+        """
+        self.exported.state_dict.clear()
+        self.exported.constants.clear()
+        self.__dict__.pop("module", None)
+        if self.in_place is not None:
+            self.in_place.release()
 
     def resized(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         """The example with its dynamic dimensions tiled or cropped to ``sizes``; values stay in their domain.
@@ -109,7 +122,7 @@ class Stage:
         exported.graph_module.recompile()
         outputs = output_specs(exported, [spec.name for spec in self.outputs], self.inputs)
         # another form of the stage is not that of the new graph
-        return replace(self, exported=exported, outputs=outputs, in_place=None)
+        return replace(self, exported=exported, outputs=outputs, in_place=None, whole=None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import optpass
+from optpass import api
 from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.export import artifact, fidelity
@@ -349,3 +350,34 @@ def test_of_large_engines_one_is_open_at_a_time(data: Any, tmp_path: Path, monke
     assert optpass.optimize(model, backend="onnxruntime", out=tmp_path / "e", data=data, seconds=0).metric
     # checked, and then judged, the one that was checked last first
     assert len(opened) == 3
+
+
+def test_no_weights_are_held_when_engines_are_checked_but_those_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        program = capture(*arguments, **named)
+        held.extend(weakref.ref(tensor) for tensor in program.main.exported.state_dict.values())
+        return program
+
+    def checked(writer: artifact.Writer) -> Any:
+        alive.append(any(reference() is not None for reference in held))
+        return fidelity_of(writer)
+
+    fidelity_of = artifact.Writer.fidelity
+    monkeypatch.setattr(api, "capture", watched)
+    monkeypatch.setattr(artifact.Writer, "fidelity", checked)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "import torch\ndef made():\n    return torch.nn.Linear(4, 4), (torch.eye(4),), {}\n"
+    (tmp_path / "releasing.py").write_text(source)
+    assert optpass.optimize("releasing:made", out=tmp_path / "gone", seconds=0).ok
+    example = torch.eye(4)
+    mine = nn.Linear(4, 4)
+    before = mine(example)
+    assert optpass.optimize((mine, (example,), {}), out=tmp_path / "mine", seconds=0).ok
+    assert alive == [False, True]
+    assert held
+    assert torch.equal(mine(example), before)
