@@ -14,6 +14,7 @@ from typing import Any, Literal
 from optpass import bisection, calibration, cost, diagnosis, difference, dump, grammar, manager, measure, presets
 from optpass.budget import Budget, Quality, load_budget
 from optpass.cache import Cache, home
+from optpass.calibration import Calibrated
 from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.evaluation import Arrays, Evaluation
@@ -43,7 +44,7 @@ from optpass.runtime import choice, schedules
 from optpass.runtime import manifest as manifests
 from optpass.runtime.denoise import Denoiser
 from optpass.runtime.engines.base import layers as engine_layers
-from optpass.runtime.features import STATE, recognise
+from optpass.runtime.features import STATE, STREAK, recognise
 from optpass.runtime.providers import Provider
 from optpass.runtime.session import load
 from optpass.structure import Structure, analyse
@@ -173,10 +174,11 @@ def optimize(
                 return failed.model_copy(update={"passes": records})
         figures: list[Metric] = []
         latency: list[Latency] = []
+        found: list[Calibrated] = []
         if faithful:
             for main, dense in names:
                 if max_drop is not None:
-                    records = _calibrated(new, main, dense, evaluation, max_drop, records, steps)
+                    found.append(_calibrated(new, main, dense, evaluation, max_drop, steps))
                 steps.next(f"take the metric on {main}")
                 recorded = new.reference("dense")
                 figures += evaluation.run(partial(new.session, dense), partial(new.session, main), recorded)
@@ -185,6 +187,7 @@ def optimize(
                     arrays = recorded.inputs({})
                     pair = new.session(dense), new.session(main)
                     latency.append(measure.compare(*pair, arrays, budget=seconds, batch=_batch(before)))
+            asked, records = _as_found(asked, records, found)
             drafts = measure.drafts(new.session(names[0][0]), new.reference("dense").inputs({})) if names else []
             new.finish(
                 passes=records,
@@ -721,15 +724,9 @@ class _Steps:
 
 
 def _calibrated(
-    new: artifact.Writer,
-    main: str,
-    dense: str,
-    evaluation: Evaluation,
-    max_drop: float,
-    records: list[PassRecord],
-    steps: _Steps,
-) -> list[PassRecord]:
-    """Set the knob of an engine, and say so in the record of the pass."""
+    new: artifact.Writer, main: str, dense: str, evaluation: Evaluation, max_drop: float, steps: _Steps
+) -> Calibrated:
+    """Set the knob of an engine."""
     model, other = new.session(main), new.session(dense)
     assert isinstance(model, Denoiser)
     assert isinstance(other, Denoiser)
@@ -737,11 +734,29 @@ def _calibrated(
     conditions = {name: given[name] for name in model.roles.conditions}
     found = calibration.calibrate(model, other, conditions, max_drop, steps.next)
     new.begin_with(main, {STATE + found.knob: found.value})
-    said = f"{main}: {found}"
-    return [
-        r.model_copy(update={"data": "; ".join(filter(None, (r.data, said)))}) if r.name == "cache" else r
+    return found
+
+
+def _as_found(
+    asked: list[Pass], records: list[PassRecord], found: Sequence[Calibrated]
+) -> tuple[list[Pass], list[PassRecord]]:
+    """Passes and records with the smallest knob that was found, so that the recipe makes the engine again."""
+    if not found:
+        return asked, records
+    least = min(found, key=lambda calibrated: calibrated.value)
+    knob = {least.knob: round(least.value) if least.knob == STREAK else least.value}
+    said = "; ".join(map(str, found))
+    passes = [
+        grammar.make(made.name, made.options.model_dump(exclude_unset=True) | knob) if made.name == "cache" else made
+        for made in asked
+    ]
+    updated = [
+        r.model_copy(update={"options": {**r.options, **knob}, "data": "; ".join(filter(None, (r.data, said)))})
+        if r.name == "cache"
+        else r
         for r in records
     ]
+    return passes, updated
 
 
 def _sampler(asked: str, source: Any, program: Program) -> str:

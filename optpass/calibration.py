@@ -33,18 +33,20 @@ class Calibrated:
     """What was found.
 
     Attributes:
+        engine: id of the one that it was found for.
         knob: ``threshold``, or ``streak`` of a policy without one.
         value: 0 where nothing may be predicted.
         held: the figure on the samples that nothing was chosen by.
     """
 
+    engine: str
     knob: str
     value: float
     held: Metric
 
     def __str__(self) -> str:
         drop = f"drop {self.held.drop.value:.4f} up to {self.held.drop.high:.4f} on {self.held.samples} others"
-        return f"{self.knob} {self.value:g}, found on {SEARCHED} samples; {drop}"
+        return f"{self.engine}: {self.knob} {self.value:g}, found on {SEARCHED} samples; {drop}"
 
 
 def calibrate(
@@ -91,7 +93,7 @@ def calibrate(
         held = drop(value, APART)
     if held.drop.high > max_drop and value:
         value, held = 0.0, drop(0.0, APART)
-    return Calibrated(knob, float(np.round(value, 6)), held)
+    return Calibrated(model.name, knob, float(np.round(value, 6)), held)
 
 
 def _largest(holds: Callable[[float], bool], start: float, whole: bool) -> float:
