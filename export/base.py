@@ -38,6 +38,11 @@ class Source:
         """
         return translate(self.stage)
 
+    @property
+    def whole(self) -> Stage:
+        """The stage with each kernel as one node, where it has such a form; otherwise the stage."""
+        return self.stage.whole or self.stage
+
 
 class Backend:
     """Base of all backends.
@@ -92,6 +97,10 @@ class Backend:
     def version(self, target: Sequence[str]) -> str:
         """The version of the library that engines for ``target`` are bound to; empty where any will do."""
         return ""
+
+    def keeps_kernels(self, target: Sequence[str]) -> bool:
+        """Whether engines for ``target`` run the Triton face of kernels: they are then made of ``source.whole``."""
+        return False
 
     # what can be said beforehand
 

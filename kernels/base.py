@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
+from torch.fx import GraphModule, Node, Proxy
 from torch.library import triton_op
 
 import optpass.kernels
@@ -169,22 +169,32 @@ def _owned(results: Any) -> Any:
     return tuple(result.contiguous() for result in results)
 
 
+def holds_any(stage: Stage) -> bool:
+    """Whether a kernel is one node of the graph."""
+    return bool(_ours(stage.exported.graph_module))
+
+
 def spelled_out(stage: Stage) -> Stage:
     """The stage with the reference in the place of each kernel that is one node; itself where there is none."""
-    found = [str(node.target._schema.name) for node in stage.exported.graph.nodes if _is_ours(node)]
-    if not found:
+    if not holds_any(stage):
         return stage
     registered = kernels()
     module = stage.exported.module(check_guards=False)
-    for node in module.graph.nodes:
-        if _is_ours(node):
-            node.target = registered[node.target._schema.name].reference
-    module.recompile()
+    for node in _ours(module):
+        node.target = registered[node.target._schema.name].reference  # type: ignore[union-attr]
+    for graph in _graphs(module):
+        graph.recompile()
     return stage.retraced(module)
 
 
-def _is_ours(node: Any) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+def _graphs(module: torch.nn.Module) -> list[GraphModule]:
+    """The graph, and those of its branches."""
+    return [found for found in module.modules() if isinstance(found, GraphModule)]
+
+
+def _ours(module: torch.nn.Module) -> list[Node]:
+    nodes = [node for graph in _graphs(module) for node in graph.graph.nodes]
+    return [n for n in nodes if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == NAMESPACE]
 
 
 # checks

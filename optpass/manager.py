@@ -17,6 +17,7 @@ from optpass.causal import Causal, analyse_causal
 from optpass.errors import OptpassError, Refusal
 from optpass.export.translate import trials
 from optpass.follow import follow
+from optpass.kernels import base as kernels
 from optpass.passes.base import Conversion, Finishing, Pass, Site, Staging
 from optpass.program import Program, Stage, module_path, place_of
 from optpass.results import PassRecord, Probes
@@ -120,6 +121,26 @@ def apply(
     driver = ("generate" if stages[-1].name == STEP else "denoise") if stages else program.driver
     done = replace(program, stages={s.name: s for s in (state.stage, *stages)}, driver=driver, record=dumped)
     return Outcome(done, tuple(records), state.maps)
+
+
+def with_whole_kernels(before: Program, passes: Sequence[Pass], outcome: Outcome) -> Outcome:
+    """The outcome with a form of each stage that holds its kernels whole, for backends that run them on a GPU.
+
+    The passes that were kept are applied once more, and verified as the first time; all else of the outcome stays.
+
+    Raises:
+        OptpassError: a pass that was kept is not, with kernels whole, which is a bug of ours.
+    """
+    done = [made for made, record in zip(ordered(passes), outcome.records, strict=False) if record.done]
+    with kernels.kept():
+        again = apply(before, done)
+    failed = next((record for record in again.records if not record.done), None)
+    if failed is not None:
+        what = f"{failed.name} holds, and with its kernels whole it does not: {failed.reason}"
+        raise OptpassError("internal", what, "build for a CPU, and tell us")
+    forms = {name: stage for name, stage in again.program.stages.items() if kernels.holds_any(stage)}
+    stages = {name: replace(stage, whole=forms.get(name)) for name, stage in outcome.program.stages.items()}
+    return replace(outcome, program=replace(outcome.program, stages=stages))
 
 
 def ordered(passes: Sequence[Pass]) -> list[Pass]:

@@ -91,8 +91,9 @@ class Stage:
         self.exported.state_dict.clear()
         self.exported.constants.clear()
         self.__dict__.pop("module", None)
-        if self.in_place is not None:
-            self.in_place.release()
+        for form in (self.in_place, self.whole):
+            if form is not None:
+                form.release()
 
     def resized(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         """The example with its dynamic dimensions tiled or cropped to ``sizes``; values stay in their domain.
