@@ -8,19 +8,17 @@ Token-wise Feature Caching, arXiv 2410.05317 (there the chosen tokens see kept k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from optpass.denoising import Cut, extract
 from optpass.errors import Place, Refusal
 from optpass.rewrite import Builder, Refused, Space, Walker
 from optpass.structure import TokenSpace
 from optpass.tokens import Gather, Masked, TokenMap, Value
-
-if TYPE_CHECKING:
-    from optpass.denoising import Cut
 
 Make = Callable[[Builder, Value], TokenMap]
 
@@ -69,8 +67,6 @@ def space_of(found: Cut) -> TokenSpace:
 
 
 def _walked(found: Cut, into: Sequence[Node], dtype: torch.dtype, width: int, make: Make) -> GraphModule:
-    from optpass.denoising import extract  # which is written in terms of this
-
     inner, nodes = extract(found.structure.module, into, found.features)
     entry, space = nodes[found.blocks[0].entry], space_of(found)
     with inner.graph.inserting_before(next(iter(inner.graph.nodes))):

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from optpass import partial
-from optpass.denoising import Cut, Parts
+from optpass.denoising import Cut
 from optpass.probes import difference
 from optpass.program import Stage
 from optpass.results import Probes
+from optpass.reusing import Parts
 from optpass.runtime.features import COMPUTED, NEW, REFUSED, STATE, STEP, STEPS, STREAK, THRESHOLD, WARMUP
 from optpass.runtime.manifest import FULL, REUSE, STEERED
 

@@ -19,9 +19,9 @@ from torch.fx import Node
 
 import optpass.passes
 from optpass.causal import Causal
-from optpass.denoising import Parts
 from optpass.errors import OptpassError, Place, Refusal
 from optpass.program import Stage, op_name, place_of
+from optpass.reusing import Parts
 from optpass.rewrite import Builder, Refused
 from optpass.structure import Block, Structure, TokenSpace, Tower
 from optpass.tokens import TokenMap, Value

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from optpass import denoising, trajectory
+from optpass import denoising, reusing, trajectory
 from optpass.capture import capture
-from optpass.denoising import Cut, Parts
+from optpass.denoising import Cut
 from optpass.grammar import parse
 from optpass.manager import apply
 from optpass.passes.cache import Cache
@@ -23,6 +23,7 @@ from optpass.passes.cache.teacache import TeaCache
 from optpass.passes.cache.worldcache import WorldCache
 from optpass.program import Program, Stage, op_name
 from optpass.results import PassRecord
+from optpass.reusing import Parts
 from optpass.rewrite import Refused
 from optpass.runtime.features import LAST, STEP, STEPS
 from optpass.structure import Block, call_path
@@ -298,21 +299,21 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_in_the_stages_is_rolled_back(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form, options, plant = FAULTS[fault]
-    original = denoising.stages
+    original = reusing.stages
 
     def faulty(made: Parts, kind: str) -> list[Stage]:
         with monkeypatch.context() as patch:
             plant(patch, made)
             return original(made, kind)
 
-    monkeypatch.setattr(denoising, "stages", faulty)
+    monkeypatch.setattr(reusing, "stages", faulty)
     record = outcome(options, form)
     assert record.status == "rolled_back", record
     assert re.fullmatch(r"the (identity|reuse) probe found a difference of \S+, more than \S+", record.reason)
 
 
 def test_an_anchor_of_another_block_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = denoising.extract
+    original = reusing.extract
 
     def extract(module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]) -> Any:
         if not all(node.op == "placeholder" for node in inputs):
@@ -323,7 +324,7 @@ def test_an_anchor_of_another_block_is_rolled_back(monkeypatch: pytest.MonkeyPat
         assert other.meta["val"].shape == anchor.meta["val"].shape
         return original(module, inputs, [other, *rest])
 
-    monkeypatch.setattr(denoising, "extract", extract)
+    monkeypatch.setattr(reusing, "extract", extract)
     record = outcome("policy=interval,region=2:")
     assert record.status == "rolled_back", record
     assert "the reuse probe" in record.reason

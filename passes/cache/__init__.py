@@ -1,7 +1,7 @@
 """Keep what was computed before: keys and values of a text, or features of a denoiser between its steps.
 
 No cache of a model's own is used: the captured graph is rewritten, that of a causal model by ``optpass.stepping``, that
-of a denoiser by ``optpass.denoising``, so that any model gets one. Papers: Attention Is All You Need, arXiv 1706.03762,
+of a denoiser by ``optpass.reusing``, so that any model gets one. Papers: Attention Is All You Need, arXiv 1706.03762,
 section 3.2.3 (what a causal mask allows); those of the policies for denoisers are named in their files.
 """
 
@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from optpass import denoising, stepping
+from optpass import denoising, reusing, stepping
 from optpass.causal import Causal
-from optpass.denoising import Parts
 from optpass.errors import Refusal
 from optpass.passes.base import Options, Staging
 from optpass.passes.cache.policies import Policy, policies
 from optpass.program import Stage
+from optpass.reusing import Parts
 from optpass.rewrite import Refused
 
 DEFAULT = "worldcache"
@@ -108,4 +108,4 @@ class Cache(Staging):
         """Predict features in steps that need not be computed."""
         policy = self.options.chosen()
         parts = Parts(denoising.cut(stage, policy, self.options.region), policy, self.options.recompute)
-        return parts, denoising.stages(parts, self.options.form)
+        return parts, reusing.stages(parts, self.options.form)
