@@ -2,6 +2,9 @@
 
 The code uses the features of the CPU that compiles it, and belongs to the release of torch that made it; both are in
 the manifest. It takes a C++ compiler here, none where it runs.
+
+It is for the CPU, unless ``target`` names the NVIDIA GPU that is here and torch has CUDA: then the whole program lies
+on the GPU, with kernels as the ops that they are, in which AOTInductor finds their Triton functions and compiles them.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch.export import ExportedProgram
+
 from optpass.errors import OptpassError
 from optpass.export import branches
 from optpass.export.base import Backend, Source
 from optpass.program import Stage, op_name, place_of
+from optpass.runtime import cuda
 from optpass.runtime.engines import inductor as engine
 
 FILE = "model.pt2"
@@ -28,7 +34,7 @@ SETTINGS: dict[str, bool | str] = {
 }
 
 
-def _contiguous(stage: Stage) -> Stage:
+def contiguous(stage: Stage) -> Stage:
     """The stage captured with inputs as the runtime gives them: strides of the example become part of the code."""
     if all(tensor.is_contiguous() for tensor in stage.example):
         return stage
@@ -36,26 +42,44 @@ def _contiguous(stage: Stage) -> Stage:
     return replace(stage, example=example).retraced(stage.module)
 
 
+def check_compiler() -> None:
+    """Raise an OptpassError where there is nothing to compile code with."""
+    if not engine.compiler():
+        raise OptpassError(
+            "compiler",
+            f"AOTInductor needs a C++ compiler, and here is none of {', '.join(engine.COMPILERS)}",
+            "install g++, or name a compiler by the environment variable CXX",
+        )
+
+
+def moved(stage: Stage, device: str) -> ExportedProgram:
+    """The program of a stage on another device, with its weights there; the stage stays as it is.
+
+    It is captured anew, since a copy of a graph calls an input named as a builtin of Python by another name.
+    """
+    from torch.export.passes import move_to_device_pass
+
+    return move_to_device_pass(stage.retraced(stage.module).exported, device)
+
+
 class Inductor(Backend):
-    """AOTInductor on the CPU."""
+    """AOTInductor on the CPU, or on the GPU that is here."""
 
     name = "inductor"
     precisions = ("f32",)
     form = "the exported program, in ATen"
-    limits = ("machine code of this CPU and this release of torch", "opened on request only")
+    limits = ("machine code of this machine and this release of torch", "opened on request only")
 
     def check(self, precision: str) -> None:
-        if not engine.compiler():
-            raise OptpassError(
-                "compiler",
-                f"AOTInductor needs a C++ compiler, and here is none of {', '.join(engine.COMPILERS)}",
-                "install g++, or name a compiler by the environment variable CXX",
-            )
+        check_compiler()
 
     def lower(self, source: Source, folder: Path, precision: str, target: Sequence[str] = ()) -> str:
         import torch._inductor
 
-        exported = _contiguous(source.stage).exported
+        if cuda.named(target):
+            exported = moved(contiguous(source.whole), engine.GPU)
+        else:
+            exported = contiguous(source.stage).exported
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -82,7 +106,16 @@ class Inductor(Backend):
         """Nothing: what torch exports it compiles, in minutes."""
 
     def target(self, asked: Sequence[str]) -> list[str]:
-        return engine.features()
+        here = cuda.device()
+        if not here or here not in asked:
+            return engine.features()
+        if not engine.has_cuda():
+            what = f"{here} is asked for, and torch {engine.version()} is installed without CUDA"
+            raise OptpassError("target", what, "install torch with CUDA, or leave --target out for the CPU")
+        return [*engine.features(), here]
+
+    def keeps_kernels(self, target: Sequence[str]) -> bool:
+        return bool(cuda.named(target))
 
     def version(self, target: Sequence[str]) -> str:
         return engine.version()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from optpass.export.base import Backend, Source
 from optpass.export.onnxruntime import LARGEST_FILE
 from optpass.program import Stage
 from optpass.results import BackendInfo, ModelOnBackend
-from optpass.runtime import cuda, engines
+from optpass.runtime import cuda
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines import inductor
+from optpass.runtime.engines.base import kind_of
 
 
 def facts() -> dict[str, str]:
@@ -53,15 +54,13 @@ def machine(backends: Sequence[Backend], target: Sequence[str]) -> list[BackendI
 
 
 def _devices(backend: Backend, target: Sequence[str]) -> Sequence[str]:
-    """Those asked for, where the backend builds for devices by name; all that it knows where no GPU is here."""
-    if not backend.devices:
-        return ()
+    """Those asked for; else all that the backend builds for by name, where no GPU is here."""
     return target or (() if cuda.device() else backend.devices)
 
 
 def _library(backend: Backend) -> str:
     """The package that opens engines of a backend, with its version."""
-    package = str(import_module(f"{engines.__name__}.{backend.name}").LIBRARY)
+    package = kind_of(backend.name).LIBRARY
     try:
         return f"{package} {metadata.version(DISTRIBUTIONS.get(package, package))}"
     except metadata.PackageNotFoundError:

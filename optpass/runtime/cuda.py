@@ -42,6 +42,19 @@ def device() -> str:
     return f"sm_{''.join(parts)}"
 
 
+def named(target: Sequence[str]) -> list[str]:
+    """The GPUs among what an engine is built for, which may be features of a CPU too."""
+    return [name for name in target if name.startswith("sm_")]
+
+
+def unfit(target: Sequence[str]) -> str:
+    """Why what is built for some GPUs cannot run here, in words that follow its name; empty where it can."""
+    here, gpus = device(), named(target)
+    if not gpus:
+        return "" if here else "needs an NVIDIA GPU, and here is none"
+    return "" if here in gpus else f"is built for {', '.join(gpus)}, and here is {here or 'no NVIDIA GPU'}"
+
+
 class Memory:
     """Buffers on the GPU by name, kept from call to call, and a stream on which all is done in order.
 

@@ -73,20 +73,20 @@ class Kind(Protocol):
 
 
 def kinds() -> list[str]:
-    """Names of the kinds there are."""
-    return [module.name for module in pkgutil.iter_modules(engines.__path__) if module.name != "base"]
+    """Names of the kinds there are: those of backends."""
+    return [module.name.replace("_", "-") for module in pkgutil.iter_modules(engines.__path__) if module.name != "base"]
 
 
 def is_native(backend: str) -> bool:
     """Whether engines of a kind are machine code, to be opened on request only."""
-    return backend in kinds() and _module(backend).NATIVE
+    return backend in kinds() and kind_of(backend).NATIVE
 
 
 def unfit(engine: Engine) -> str:
     """Why an engine cannot run on this machine, in words that follow its name; empty where nothing is known of it."""
     if engine.backend not in kinds():
         return f"is of a kind that this optpass does not know, {engine.backend}"
-    kind = _module(engine.backend)
+    kind = kind_of(engine.backend)
     if importlib.util.find_spec(kind.LIBRARY) is None:
         built = f"is built for {', '.join(engine.target)} and " if engine.target and not kind.NATIVE else ""
         return f"{built}needs {kind.LIBRARY}, which is not installed"
@@ -99,10 +99,10 @@ def is_made_here(backend: str) -> bool:
     What that is a function ``is_made_here`` of its module says; kinds without one ask for nothing else.
     """
     if backend not in kinds() or any(
-        importlib.util.find_spec(name) is None for name in ("torch", _module(backend).LIBRARY)
+        importlib.util.find_spec(name) is None for name in ("torch", kind_of(backend).LIBRARY)
     ):
         return False
-    asked = getattr(_module(backend), "is_made_here", None)
+    asked = getattr(kind_of(backend), "is_made_here", None)
     return asked is None or bool(asked())
 
 
@@ -111,7 +111,7 @@ def layers(engine: Engine, path: Path) -> tuple[str, list[dict[str, str]]]:
 
     Of the kinds whose modules have a function ``layers``; none for the others.
     """
-    found = getattr(_module(engine.backend), "layers", None) if engine.backend in kinds() else None
+    found = getattr(kind_of(engine.backend), "layers", None) if engine.backend in kinds() else None
     return cast(tuple[str, list[dict[str, str]]], found(path)) if found else ("", [])
 
 
@@ -167,10 +167,10 @@ def require(name: str, backend: str) -> Kind:
     """
     if backend not in kinds():
         raise OptpassError("engine-kind", f"{backend} is unknown to this optpass", f"it knows {', '.join(kinds())}")
-    kind = _module(backend)
+    kind = kind_of(backend)
     try:
         importlib.import_module(kind.LIBRARY)
-    except ImportError as error:
+    except Exception as error:  # torch_tensorrt raises all kinds where a library of TensorRT or the GPU is not there
         raise OptpassError(
             "engine-library",
             f"engine {name} needs {kind.LIBRARY}, which cannot be imported ({error})",
@@ -179,8 +179,9 @@ def require(name: str, backend: str) -> Kind:
     return kind
 
 
-def _module(backend: str) -> Kind:
-    return cast(Kind, importlib.import_module(f"{engines.__name__}.{backend}"))
+def kind_of(backend: str) -> Kind:
+    """The module of a kind."""
+    return cast(Kind, importlib.import_module(f"{engines.__name__}.{backend.replace('-', '_')}"))
 
 
 @contextlib.contextmanager

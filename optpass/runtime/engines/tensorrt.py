@@ -57,11 +57,9 @@ def version(library: str) -> str:
 
 def unfit(engine: Engine) -> str:
     """Another GPU, another library, or another version of it."""
-    built, here = ", ".join(engine.target), cuda.device()
-    if not here:
-        return f"is built for {built}, and here is no NVIDIA GPU"
-    if here not in engine.target:
-        return f"is built for {built}, and here is {here}"
+    elsewhere = cuda.unfit(engine.target)
+    if elsewhere:
+        return elsewhere
     library = engine.version.partition(" ")[0]
     if not module_name(library):
         return f"is built by {engine.version}, which is not installed"
