@@ -28,7 +28,7 @@ def command(
             "--backend",
             "-b",
             metavar="NAME[:PRECISION]",
-            help="onnxruntime, openvino, openvino:bf16, inductor. Repeatable.",
+            help="onnxruntime, openvino:bf16, inductor, tensorrt:f16, torch-tensorrt:f16. Repeatable.",
             show_default="onnxruntime",
         ),
     ] = None,

@@ -3,6 +3,11 @@
 TensorRT-RTX builds for compute capabilities by name, on a machine without a GPU as well; TensorRT for the GPU that is
 here. Networks are strongly typed: in ``f16`` and ``bf16`` the products with weights and the attention are half, all
 else stays float32, as under autocast; tokens are chosen, counted and merged in float32.
+
+Kernels come as the standard ops of their reference, in either library. Not made: plug-ins ahead of time of their Triton
+functions. TensorRT-RTX has none. Those of TensorRT are one launch each, of PTX that takes inputs, then whole numbers,
+then outputs, and no space to work in: most kernels here are several launches, some take a scale, and Triton's PTX ends
+in two addresses of its own. That takes functions written for it, and the library at hand to see them run.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 A pass calls a kernel while its graph is made, with proxies. By default this lays the ops of the reference into the
 graph: they are what ONNX Runtime and OpenVINO run, what costs are counted on, and what a later pass follows tokens
-through, so that an engine for a CPU has no op of ours in it. A lowering for a GPU makes its graph ``with kept()``: each
-call is then one node ``optpass::<name>``, which runs Triton on a GPU and the reference elsewhere, and which
-``torch.export`` keeps. AOTInductor looks into such a node and compiles what is in it. ``spelled_out`` is the ONNX face
-of a graph so made: it puts the reference back, which is all that the translation needs to know. With tensors a kernel
-runs Triton where they are on a GPU and Triton is there, else the reference. Triton is imported at the first launch.
+through, so that an engine for a CPU has no op of ours in it. For a backend that ``keeps_kernels`` on a GPU the passes
+are applied once more ``with kept()``: each call is then one node ``optpass::<name>``, which runs Triton on a GPU and
+the reference elsewhere, and which ``torch.export`` keeps. AOTInductor looks into such a node and compiles what is in
+it. ``spelled_out`` is the ONNX face of a graph so made: it puts the reference back, which is all that the translation
+needs to know. With tensors a kernel runs Triton where they are on a GPU and Triton is there, else the reference. Triton
+is imported at the first launch.
 
 Not chosen: nodes of our own in every graph. Analysis, rules, costs and each backend would have to know them, to gain
 nothing on a CPU.
