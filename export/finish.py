@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from optpass import metrics
@@ -14,6 +15,8 @@ from optpass.export.artifact import Writer
 from optpass.passes.base import Arrays, Finishing
 from optpass.program import Stage
 from optpass.results import Fidelity, PassRecord
+from optpass.runtime.engines.base import Array, Opened
+from optpass.runtime.generate import Generator
 
 CALLS = 64
 """Most calls to calibrate by, of as many samples as the engine takes at once."""
@@ -117,9 +120,37 @@ def _samples(new: Writer, name: str, made: Finishing, data: Arrays | None) -> tu
     """Inputs to calibrate by, and what they are."""
     if not made.samples(new.engines[name].backend):
         return [], ""
-    session = new.session(name)
-    if data is not None and all(info.name in data for info in session.inputs):
-        calls: Sequence[Arrays] = [inputs for _, _, inputs, _ in metrics.batches(session, dict(data))][:CALLS]
-        return calls, f"calibrated on {len(next(iter(data.values())))} samples, which no metric was taken on"
-    engine = new.engines[name]
-    return [new.reference(engine.role, engine.form).inputs({})], "calibrated on the example inputs alone"
+    session, engine = new.session(name), new.engines[name]
+    reference = new.reference(engine.role, engine.form)
+    # a step is held to kept rows of noise, which no text has, and is to be right on them at all their sizes
+    sizes = [record.sizes for record in reference.recorded] if isinstance(session, Generator) else [{}]
+    held = [reference.inputs(each) for each in sizes]
+    if data is None or not all(info.name in data for info in session.inputs):
+        return held, "calibrated on the example inputs alone"
+    words = f"calibrated on {len(next(iter(data.values())))} samples, which no metric was taken on"
+    batches = (inputs for _, _, inputs, _ in metrics.batches(session, dict(data)))
+    if not isinstance(session, Generator):
+        return list(islice(batches, CALLS)), words
+    return [*islice(_steps(session, batches), CALLS), *held], f"{words}, and on the example inputs"
+
+
+class _Watched:
+    """An engine of which the inputs of each call are kept."""
+
+    def __init__(self, opened: Opened, names: Sequence[str]) -> None:
+        self.opened, self.names = opened, names
+        self.calls: list[Arrays] = []
+
+    def run(self, arrays: Sequence[Array], wanted: Sequence[int] | None = None) -> list[Array]:
+        # of buffers that the steps to come write into
+        self.calls.append({name: array.copy() for name, array in zip(self.names, arrays, strict=True)})
+        return self.opened.run(arrays, wanted)
+
+
+def _steps(model: Generator, texts: Iterator[Arrays]) -> Iterator[Arrays]:
+    """What the steps through texts are given: tokens, and what is kept of those before them."""
+    model.opened = watched = _Watched(model.opened, [info.name for info in model.engine.inputs])
+    for inputs in texts:
+        rows = list(inputs[model.ids.name])
+        for _ in model.feed(model.start(len(rows)), rows):
+            yield watched.calls.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from optpass.evaluation import Evaluation
 from optpass.export import artifact, finish
 from optpass.grammar import parse
 from optpass.manager import apply, ordered
+from optpass.program import Program
 from optpass.results import OptimizeResult
+from optpass.runtime import generate
 from optpass.runtime import manifest as manifests
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -180,16 +183,56 @@ def test_at_most_half_of_the_samples_are_set_apart() -> None:
     assert Evaluation(None, None).apart(8) == (Evaluation(None, None), None)
 
 
-def test_a_step_of_a_language_model_is_quantized(tmp_path: Path) -> None:
-    program = capture(
-        architectures.FACTORIES["llama"](), dynamic=["input_ids:0=batch:1..3", "input_ids:1=tokens:2..48"]
+@functools.cache
+def language_model(passes: str) -> Program:
+    made = apply(
+        capture(architectures.FACTORIES["llama"](), dynamic=["input_ids:0=batch:1..3", "input_ids:1=tokens:2..48"]),
+        parse(passes),
     )
-    made = apply(program, parse("cache,quantize"))
-    assert [record.status for record in made.records] == ["kept", "placed"]
-    stage = made.program.deployed[-1]
+    assert made.ok
+    return made.program
+
+
+def texts(count: int, length: int) -> dict[str, Any]:
+    return {"input_ids": np.random.default_rng(0).integers(50, size=(count, length))}
+
+
+@pytest.mark.parametrize(
+    ("backend", "passes", "given", "words"),
+    [
+        ("onnxruntime", "cache", None, ""),
+        (
+            "openvino",
+            "cache,speculate",
+            texts(6, 24),
+            "calibrated on 6 samples, which no metric was taken on, and on the example inputs",
+        ),
+        ("openvino", "cache", None, "calibrated on the example inputs alone"),
+    ],
+)
+def test_a_step_of_a_language_model_is_quantized(
+    backend: str, passes: str, given: dict[str, Any] | None, words: str, tmp_path: Path
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("nncf")
+    program = language_model(passes)
+    stage = program.deployed[-1]
     with artifact.writer(tmp_path / "engine") as new:
-        name = new.add(stage, "onnxruntime", "f32")
-        record, rows = finish.finish(new, parse("quantize(max_error=0.2)")[0], {name: stage}, program.main, None)  # type: ignore[arg-type]
+        name = new.add(stage, backend, "f32")
+        record, rows = finish.finish(new, parse("quantize(max_error=0.2)")[0], {name: stage}, program.main, given)  # type: ignore[arg-type]
     assert record.status == "kept", record
     assert record.ops["int8"] > 10
+    assert record.data == words
     assert all(row.ok for row in rows)
+
+
+def test_a_step_is_calibrated_on_texts_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "PIECE", 8)
+    with artifact.writer(tmp_path / "engine") as new:
+        name = new.add(language_model("cache").deployed[-1], "onnxruntime", "f32")
+        calls, _ = finish._samples(new, name, parse("quantize(mode=static)")[0], texts(4, 20))  # type: ignore[arg-type]
+        held = len(new.reference(new.engines[name].role, new.engines[name].form).recorded)
+    found = [(len(call["input_ids"]), call["input_ids"].shape[1], call["position"].tolist()) for call in calls[:-held]]
+    assert found == [
+        (3, 8, [0, 0, 0]), (3, 8, [8, 8, 8]), (3, 4, [16, 16, 16]), (1, 8, [0]), (1, 8, [8]), (1, 4, [16])
+    ]  # fmt: skip
