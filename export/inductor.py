@@ -9,13 +9,17 @@ on the GPU, with kernels as the ops that they are, in which AOTInductor finds th
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from optpass.errors import OptpassError
 from optpass.export import branches
@@ -62,6 +66,34 @@ def moved(stage: Stage, device: str) -> ExportedProgram:
     return move_to_device_pass(stage.retraced(stage.module).exported, device)
 
 
+def guarded(exported: ExportedProgram) -> ExportedProgram:
+    """The program that first refuses ids that a table has no row for.
+
+    Compiled code looks at each where it reads the row, in a loop of several threads, out of which an error ends the
+    process.
+    """
+    aten = torch.ops.aten
+    inputs = set(exported.graph_signature.user_inputs)
+    made = copy.copy(exported)
+    made._graph_module = branches.copied(exported.graph_module)
+    graph = made.graph
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        if node.target is not aten.embedding.default:
+            continue
+        table, ids = node.args[:2]
+        if not isinstance(table, Node) or not isinstance(ids, Node) or ids.name not in inputs:
+            continue
+        rows = int(table.meta["val"].shape[0])
+        with graph.inserting_before(first):
+            for extreme, holds, bound in ((aten.amin.default, operator.ge, 0), (aten.amax.default, operator.lt, rows)):
+                found = graph.call_function(aten._local_scalar_dense.default, (graph.call_function(extreme, (ids,)),))
+                what = f"{ids.name} holds an id outside 0 to {rows - 1}"
+                graph.call_function(aten._assert_scalar.default, (graph.call_function(holds, (found, bound)), what))
+    made.graph_module.recompile()
+    return made
+
+
 class Inductor(Backend):
     """AOTInductor on the CPU, or on the GPU that is here."""
 
@@ -79,7 +111,7 @@ class Inductor(Backend):
         if cuda.named(target):
             exported = moved(contiguous(source.whole), engine.GPU)
         else:
-            exported = contiguous(source.stage).exported
+            exported = guarded(contiguous(source.stage).exported)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -87,6 +87,40 @@ def test_it_is_loaded_on_request(asked: dict[str, str], compiled: Path) -> None:
     np.testing.assert_array_equal(kept, before)
 
 
+class Looked(nn.Module):
+    """Rows of a table by ids, of which one is made here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids) + self.table(ids % 5)
+
+
+OUTSIDE = """
+import sys
+import numpy as np
+import optpass
+session = optpass.load(sys.argv[1], backend="inductor")
+for wrong in (5, -1):
+    try:
+        session.run(ids=np.array([[0, wrong]]))
+    except optpass.OptpassError as error:
+        print(error.refusal.code)
+print(session.run(ids=np.array([[0, 4]]))["output"].shape)
+"""
+
+
+def test_an_id_that_has_no_row_is_refused_and_the_process_goes_on(tmp_path: Path) -> None:
+    with artifact.writer(tmp_path / "engine") as new:
+        new.add(models.stage(Looked(), {"ids": torch.tensor([[1, 2]])}), "inductor", "f32")
+        new.finish(fidelity=new.fidelity())
+    call = [sys.executable, "-c", OUTSIDE, str(tmp_path / "engine")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split("\n")) == (0, ["engine-run", "engine-run", "(1, 2, 4)", ""]), done.stderr
+
+
 NOT_ASKED = """
 import sys
 import optpass
