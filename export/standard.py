@@ -165,7 +165,7 @@ def halved(model: ir.Model, dtype: ir.DataType) -> None:
         wide.metadata_props.update(node.metadata_props)
         wide.outputs[0].name, made.name = made.name, f"{made.name}/half"
         wide.outputs[0].type, wide.outputs[0].shape = made.type, made.shape
-        made.type = None
+        made.type = ir.TensorType(dtype)
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         graph.insert_after(node, wide)
