@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from optpass.capture import capture
+from optpass.errors import OptpassError
 from optpass.export import onnxruntime
+from optpass.export.base import Source
 from optpass.export.translate import translate
 from optpass.grammar import parse
 from optpass.kernels import base
-from optpass.manager import apply
+from optpass.kernels.bipartite_merge import bipartite_match
+from optpass.manager import apply, with_whole_kernels
 from optpass.program import Stage, op_name
 from optpass.runtime.engines.onnxruntime import open_engine
 
@@ -91,6 +96,7 @@ def test_without_triton_everything_is_the_reference() -> None:
         importlib.util.find_spec = lambda name, *rest: None if name == "triton" else whole(name, *rest)
         import torch
         from optpass.kernels import base
+from optpass.kernels.bipartite_merge import bipartite_match
         from optpass.kernels.bipartite_merge import bipartite_match
         base.register()
         x = torch.randn(2, 8, 4)
@@ -108,3 +114,71 @@ def test_graphs_forget_to_keep_kernels_when_the_block_ends() -> None:
         assert base.is_kept()
         raise ZeroDivisionError
     assert not base.is_kept()
+
+
+# Graphs for backends that keep kernels
+
+
+def test_a_backend_that_keeps_kernels_gets_a_second_form_of_each_stage() -> None:
+    model: Any = program(head="dense", mask="padding")
+    passes = parse("merge(r=4,at=1),prune(at=2,selector=random,keep=0.5)")
+    plain = apply(model, passes)
+    found = with_whole_kernels(model, passes, plain)
+    stage = found.program.main
+    assert (found.records, found.maps) == (plain.records, plain.maps)
+    assert stage.exported is plain.program.main.exported
+    assert stage.whole is not None
+    assert (ours(stage), ours(stage.whole)) == (set(), SCHEDULES["merge(r=4,at=[1,2])"])
+    assert torch.equal(stage.whole.run(stage.example)[0], stage.results[0])
+    assert Source(stage).whole is stage.whole
+    assert stage.retraced(stage.module).whole is None
+    stage.release()
+    assert not stage.whole.exported.state_dict
+
+
+def test_a_stage_without_kernels_has_one_form() -> None:
+    model: Any = program(head="dense", mask="padding")
+    passes = parse("prune(at=2,selector=random,keep=0.5)")
+    stage = with_whole_kernels(model, passes, apply(model, passes)).program.main
+    assert stage.whole is None
+    assert Source(stage).whole is stage
+
+
+def test_passes_that_were_left_out_stay_out() -> None:
+    model: Any = program(head="dense", mask="padding")
+    passes = parse("merge(r=100,at=1),prune(at=2,selector=divprune,keep=0.5)")
+    plain = apply(model, passes, on_fail="skip")
+    assert [record.done for record in plain.records] == [False, True]
+    stage = with_whole_kernels(model, passes, plain).program.main
+    assert stage.whole is not None
+    assert ours(stage.whole) == {"select_diverse"}
+
+
+def test_a_pass_that_holds_in_one_form_alone_is_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = program(head="dense", mask="padding")
+    passes = parse("merge(r=4,at=1)")
+    plain = apply(model, passes)
+    whole = base.ALL["optpass::bipartite_merge"]
+    monkeypatch.setattr(type(whole), "op", property(lambda self: lambda *args: self.reference(*args) * 1.01))
+    with pytest.raises(OptpassError, match=r"\[internal\] merge holds, and with its kernels whole it does not: "):
+        with_whole_kernels(model, passes, plain)
+
+
+class Branch(nn.Module):
+    """A kernel in each of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.match = bipartite_match.op
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.match(x, None, 2)[0], lambda x: self.match(-x, None, 2)[0], (x,))  # type: ignore[no-any-return]
+
+
+def test_kernels_in_branches_are_found_and_spelled_out() -> None:
+    stage = capture((Branch(), (), {"x": torch.randn(2, 8, 4)})).main
+    assert base.holds_any(stage)
+    plain = base.spelled_out(stage)
+    assert not base.holds_any(plain)
+    for x in (stage.example[0].abs(), -stage.example[0].abs()):
+        assert torch.equal(plain.run([x])[0], stage.run([x])[0])
