@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import GraphModule, Proxy
 from torch.library import triton_op
 
 import optpass.kernels
@@ -171,31 +171,30 @@ def _owned(results: Any) -> Any:
 
 
 def holds_any(stage: Stage) -> bool:
-    """Whether a kernel is one node of the graph."""
-    return bool(_ours(stage.exported.graph_module))
+    """Whether a kernel is one node of the graph, or of a branch in it."""
+    graphs = [module for module in stage.exported.graph_module.modules() if isinstance(module, GraphModule)]
+    return any(_is_ours(node) for graph in graphs for node in graph.graph.nodes)
 
 
 def spelled_out(stage: Stage) -> Stage:
-    """The stage with the reference in the place of each kernel that is one node; itself where there is none."""
-    if not holds_any(stage):
+    """The stage with the reference in the place of each kernel that is one node; itself where there is none.
+
+    Those in branches stay: the translation takes them apart with the branch.
+    """
+    found = [str(node.target._schema.name) for node in stage.exported.graph.nodes if _is_ours(node)]
+    if not found:
         return stage
     registered = kernels()
     module = stage.exported.module(check_guards=False)
-    for node in _ours(module):
-        node.target = registered[node.target._schema.name].reference  # type: ignore[union-attr]
-    for graph in _graphs(module):
-        graph.recompile()
+    for node in module.graph.nodes:
+        if _is_ours(node):
+            node.target = registered[node.target._schema.name].reference
+    module.recompile()
     return stage.retraced(module)
 
 
-def _graphs(module: torch.nn.Module) -> list[GraphModule]:
-    """The graph, and those of its branches."""
-    return [found for found in module.modules() if isinstance(found, GraphModule)]
-
-
-def _ours(module: torch.nn.Module) -> list[Node]:
-    nodes = [node for graph in _graphs(module) for node in graph.graph.nodes]
-    return [n for n in nodes if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == NAMESPACE]
+def _is_ours(node: Any) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
 
 
 # checks
