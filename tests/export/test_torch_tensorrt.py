@@ -110,8 +110,8 @@ def test_inputs_that_share_a_size_share_it_in_the_package(stand_in: Recorded, tm
 
 
 def test_sizes_that_are_fixed_have_one_shape(stand_in: Recorded, tmp_path: Path) -> None:
-    lowered(models.stage(nn.Linear(4, 2), {"input": torch.randn(3, 4)}), tmp_path)
-    inputs = [{"shape": (3, 4), "dtype": torch.float32, "name": "input"}]
+    lowered(models.stage(nn.Embedding(5, 4), {"input": torch.tensor([[1, 2]])}), tmp_path)
+    inputs = [{"shape": (1, 2), "dtype": torch.int64, "name": "input"}]
     assert stand_in.compiled["arg_inputs"] == inputs
     assert stand_in.saved["dynamic_shapes"] is None
 
@@ -160,6 +160,14 @@ def test_half_graphs_compute_what_single_ones_do_within_rounding(form: str, prec
         inputs = stage.resized(sizes)
         gap = relative(half.run(inputs), stage.run(inputs))
         assert 0 < gap <= tolerance(stage, precision)
+
+
+def test_a_text_that_sees_nothing_is_no_number_in_no_precision() -> None:
+    """The lowest number of float32 is infinite in float16, and a row of nothing else has no softmax."""
+    stage = models.text("padding float")
+    inputs = (stage.example[0], torch.zeros_like(stage.example[1]))
+    (found,) = halved(stage, torch.float16).run(inputs)
+    assert found.isfinite().all()
 
 
 class Counts(nn.Module):
