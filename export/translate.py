@@ -125,6 +125,7 @@ def _prepared(stage: Stage) -> ExportedProgram:
         _spell_out(module.graph)
     if any(not _translatable(node) for node in branches.nodes(program.graph_module)):
         program = _decomposed(program)
+    _fold_complex(program)
     # The private passes of torch run the graph, so they come before ops of our own do.
     if any(_mixes_dtypes(node) for node in branches.nodes(program.graph_module)):
         _fx_passes.insert_type_promotion_nodes(program.graph_module)
@@ -214,6 +215,38 @@ def _fold_constants(graph: Graph) -> None:
             _replace_by_constant(node, value.contiguous())
 
 
+def _fold_complex(program: ExportedProgram) -> None:
+    """Evaluate what is made of complex constants alone, such as tables of rotations: engines have no such numbers."""
+    known: dict[Node, torch.Tensor] = {}
+    constants = _constants(program)
+    for module in branches.modules(program.graph_module):
+        for node in module.graph.nodes:
+            value = branches.origin(node)
+            if node.op == "placeholder":
+                held = constants.get(value.name) if value is node else known.get(value)
+                if held is not None and held.is_complex():
+                    known[node] = held
+            elif node.target is branches.COND:
+                branches.enter(node)
+            elif isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+                if all(source in known for source in node.all_input_nodes):
+                    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                    known[node] = node.target(*args, **kwargs)
+            elif node.target is operator.getitem and node.args[0] in known:
+                known[node] = known[node.args[0]][node.args[1]]
+    for node, value in known.items():
+        if node.op != "placeholder" and isinstance(value, torch.Tensor) and any(u not in known for u in node.users):
+            if value.is_complex():
+                # in pairs of numbers, of which alone there are tensors in ONNX
+                with node.graph.inserting_before(node):
+                    pairs = node.graph.call_function(aten.view_as_complex.default, (node,))
+                pairs.meta = dict(node.meta)
+                node.replace_all_uses_with(pairs)
+                pairs.args, value = (node,), torch.view_as_real(value)
+                node.append(pairs)
+            _replace_by_constant(node, value.contiguous())
+
+
 def _as_constant(node: Node) -> None:
     """Evaluate a range of fractions here: torch counts its steps in float64, engines in float32, to another number."""
     _replace_by_constant(node, node.target(*node.args, **node.kwargs))  # type: ignore[operator]
@@ -255,6 +288,8 @@ def _spell_out(graph: Graph) -> None:
             )
         elif node.target is aten.square.default:
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+        elif node.target is aten.masked_fill.Scalar and node.meta["val"].dtype == torch.bool:
+            _spell_out_fill(graph, node)
         elif node.target is aten.movedim.int:
             node.target, node.args = aten.permute.default, (node.args[0], _moved(*node.args))
         elif node.target is aten.scaled_dot_product_attention.default and node.meta["val"].dim() == 3:
@@ -262,6 +297,19 @@ def _spell_out(graph: Graph) -> None:
         elif op_name(node) in CASTS and node.target is not aten._to_copy.default:
             node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
             node.target = aten._to_copy.default
+
+
+def _spell_out_fill(graph: Graph, node: Node) -> None:
+    """Truth values where a mask says so, by logic: engines choose among numbers alone."""
+    source, mask, value = node.args
+    with graph.inserting_before(node):
+        if value:
+            made = _call(graph, aten.logical_or.default, source, mask)
+        else:
+            made = _call(graph, aten.logical_and.default, source, _call(graph, aten.logical_not.default, mask))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _with_leading_axis(graph: Graph, node: Node) -> None:
@@ -339,7 +387,7 @@ def _skip_no_ops(graph: Graph) -> None:
 
 
 def _changes_nothing(node: Node, source: Node) -> bool:
-    if node.target not in RESHAPES and op_name(node) not in ("expand", "to", "_to_copy", "type_as"):
+    if node.target not in RESHAPES and op_name(node) not in ("squeeze", "expand", "to", "_to_copy", "type_as"):
         return False
     old, new = source.meta["val"], node.meta["val"]
     return old.dtype == new.dtype and str(list(old.shape)) == str(list(new.shape))

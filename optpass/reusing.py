@@ -331,8 +331,9 @@ def _variable(node: Node) -> bool:
 
 
 def _handed(node: Node) -> bool:
-    """Whether it is one tensor, or one number."""
-    return not isinstance(node.meta.get("val"), list | tuple)
+    """Whether it is one tensor, or one number: not several, nor a graph that an op runs."""
+    value = node.meta.get("val")
+    return value is not None and not isinstance(value, list | tuple)
 
 
 __all__ = ["Parts", "stages"]

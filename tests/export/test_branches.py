@@ -140,6 +140,7 @@ class Choice(nn.Module):
         super().__init__()
         self.block, self.other, self.last = Block(), Block(), nn.Linear(WIDTH, WIDTH)
         self.scale = nn.Buffer(torch.rand(WIDTH))
+        self.turns = nn.Buffer(torch.polar(torch.ones(2, WIDTH // 2), torch.rand(2, WIDTH // 2)))
         self.compute, self.reuse = compute, reuse or (lambda self, x, state: (x + state, state.clone()))
 
     def forward(self, x: Tensor, state: Tensor, fresh: Tensor) -> Pair:
@@ -287,6 +288,12 @@ def constants(self: Any, x: Tensor, state: Tensor) -> Pair:
     return self.last(x) + torch.tensor([1.0, 2.0] * (WIDTH // 2)) + torch.arange(WIDTH), state * self.scale
 
 
+def rotated(self: Any, x: Tensor, state: Tensor) -> Pair:
+    """Rotations by a part of a table."""
+    pairs = torch.view_as_complex(self.last(x).reshape(*x.shape[:-1], WIDTH // 2, 2))
+    return torch.view_as_real(pairs * self.turns[1]).flatten(-2), state.masked_fill(x > 0, 0.0)
+
+
 def doubled(self: Any, x: Tensor, state: Tensor) -> Pair:
     """One value as two outputs."""
     y = self.last(x)
@@ -312,7 +319,7 @@ def nested(self: Any, x: Tensor, state: Tensor) -> Pair:
     return found
 
 
-@pytest.mark.parametrize("compute", [apart, constants, doubled, diverse, nested])
+@pytest.mark.parametrize("compute", [apart, constants, rotated, doubled, diverse, nested])
 def test_all_that_is_translated_is_so_in_a_branch(compute: Callable[..., Pair], tmp_path: Path) -> None:
     assert select_diverse.op
     stage = made(Choice(compute), dynamic=True)

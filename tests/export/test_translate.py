@@ -35,7 +35,7 @@ def difference(stage: Stage, model: ir.Model, folder: Path) -> float:
         inputs = stage.resized(sizes)
         for found, expected in zip(engine.run([t.numpy() for t in inputs]), stage.run(inputs), strict=True):
             assert found.shape == tuple(expected.shape)
-            worst = max(worst, float(np.abs(found - expected.numpy()).max()))
+            worst = max(worst, float(np.abs(found.astype(float) - expected.double().numpy()).max()))
     return worst
 
 
@@ -168,6 +168,31 @@ def test_sizes_and_whole_numbers_take_the_type_of_the_tensors_that_they_meet(tmp
             # two products in float16 and their sum, which cancels nothing
             tolerance = 3 * torch.finfo(torch.float16).eps if spec.name == "half" else 1e-6
             np.testing.assert_allclose(array, tensor.numpy(), rtol=tolerance, atol=1e-6)
+
+
+class Turned(nn.Module):
+    """A table of rotations, truth values that are overwritten, and an axis that is dropped if it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = nn.Buffer(torch.polar(torch.ones(12, 4), torch.randn(12, 4)))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first, second = self.turns[:6].split([1, 3], dim=1)
+        table = torch.cat([second, first], 1)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], 4, 2))
+        high, low = x > 0, x > 1
+        return {
+            "rotated": torch.view_as_real(pairs * table).flatten(-2).squeeze(1),
+            "shut": high.masked_fill(low, False),
+            "open": (x > 2).masked_fill(low, True),
+        }
+
+
+@pytest.mark.parametrize("dynamic", [[], ["x:0=batch:1..5"]])
+def test_complex_tables_truth_values_and_axes_that_stay(dynamic: list[str], tmp_path: Path) -> None:
+    stage = models.stage(Turned(), {"x": torch.randn(2, 6, 8)}, *dynamic)
+    assert difference(stage, translate(stage), tmp_path) < ROUNDING
 
 
 class Normed(nn.Module):
