@@ -245,7 +245,7 @@ def job(session: Session, inputs: Mapping[str, NDArray[Any]], decode: bool) -> R
     if isinstance(session, Denoiser):
         noise = drawn(inputs[session.roles.sample].shape, 0)
         conditions: dict[str, Any] = {name: inputs[name] for name in session.roles.conditions}
-        return lambda: session.denoise(noise, steps=similarity.STEPS, **conditions)
+        return lambda: session.denoise(noise, steps=similarity.STEPS, conditions=conditions)
     if isinstance(session, Generator):
         return lambda: session.generate(inputs[session.ids.name], max_new_tokens=NEW_TOKENS)
     return lambda: _recomputed(session, inputs)

@@ -83,7 +83,7 @@ def samples(
             for name, array in conditions.items()
         }
         options.setdefault("steps", STEPS)
-        found.append(model.denoise(shape(model, size), seed=seed + start, **options, **rows))
+        found.append(model.denoise(shape(model, size), seed=seed + start, conditions=rows, **options))
         taken.computed += [taken.steps + step for step in model.last.computed]
         taken.damaged += [taken.steps + step for step in model.last.damaged]
         taken.steps += model.last.steps

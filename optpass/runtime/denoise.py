@@ -133,6 +133,7 @@ class Denoiser(Session):
     def denoise(
         self,
         noise: Array | Sequence[int],
+        /,
         *,
         sampler: str | Schedule | None = None,
         steps: int = 50,
@@ -141,7 +142,8 @@ class Denoiser(Session):
         unconditional: Mapping[str, Array] | None = None,
         progress: Progress | None = None,
         knobs: Mapping[str, Any] | None = None,
-        **conditions: Any,
+        conditions: Mapping[str, Array] | None = None,
+        **others: Any,
     ) -> NDArray[np.float32]:
         """From noise to samples.
 
@@ -156,7 +158,8 @@ class Denoiser(Session):
             unconditional: conditions that say nothing, such as an empty label; those that are not named stay.
             progress: called after each step.
             knobs: those of ``begin``.
-            **conditions: all other inputs of the model.
+            conditions: other inputs of the model by name, such as one that is named as an argument here.
+            **others: all that are not in it.
 
         Returns:
             float32 of the shape of the noise.
@@ -164,13 +167,14 @@ class Denoiser(Session):
         Raises:
             OptpassError: an input is missing or of another shape, or the sampler does not exist.
         """
+        under: dict[str, Array] = {**(conditions or {}), **others}
         schedule = asked(sampler or self.manifest.sampler)
         start = drawn(noise, seed) if not isinstance(noise, np.ndarray) else noise
         way = schedule.start(steps)
         guide = _Guide(self, steps, guidance, unconditional, dict(knobs or {}), len(start))
         sample = way.initial(start)
         for index, timestep in enumerate(way.timesteps):
-            predicted = guide.predict(sample, float(timestep), conditions)
+            predicted = guide.predict(sample, float(timestep), under)
             sample = way.step(index, predicted, sample)
             if progress is not None:
                 progress(index + 1, steps)
@@ -205,7 +209,7 @@ class Denoiser(Session):
         for frame in range(frames):
             first = seed + frame * int(shape[0])
             under: dict[str, Any] = dict(conditions(frame, made))
-            made.append(self.denoise(shape, seed=first, **options, **under))
+            made.append(self.denoise(shape, seed=first, conditions=under, **options))
             taken.computed += [taken.steps + step for step in self.last.computed]
             taken.damaged += [taken.steps + step for step in self.last.damaged]
             taken.steps += self.last.steps
@@ -230,7 +234,7 @@ class Run:
         self._times: list[float] = []
         self._state: dict[str, Array] = {}
 
-    def step(self, sample: Array, timestep: Array | float, **conditions: Array) -> Array:
+    def step(self, sample: Array, timestep: Array | float, /, **conditions: Array) -> Array:
         """What the model predicts of a noisy sample.
 
         Args:
