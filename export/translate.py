@@ -221,15 +221,15 @@ def _fold_complex(program: ExportedProgram) -> None:
     constants = _constants(program)
     for module in branches.modules(program.graph_module):
         for node in module.graph.nodes:
-            value = branches.origin(node)
+            source = branches.origin(node)
             if node.op == "placeholder":
-                held = constants.get(value.name) if value is node else known.get(value)
+                held = constants.get(source.name) if source is node else known.get(source)
                 if held is not None and held.is_complex():
                     known[node] = held
             elif node.target is branches.COND:
                 branches.enter(node)
             elif isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
-                if all(source in known for source in node.all_input_nodes):
+                if all(given in known for given in node.all_input_nodes):
                     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                     known[node] = node.target(*args, **kwargs)
             elif node.target is operator.getitem and node.args[0] in known:

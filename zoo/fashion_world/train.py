@@ -1,4 +1,4 @@
-"""The recipe of fashion-world: half an hour on one CPU core, nothing in it knows of caching. A cut-off run goes on."""
+"""The recipe of fashion-world: an hour on one CPU core, nothing in it knows of caching. A cut-off run goes on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from optpass.zoo.fashion_vit import data
 from optpass.zoo.fashion_world import entry, scenes
 from optpass.zoo.fashion_world.model import FashionWorld
 
-BATCHES, SCHEDULED, BATCH = 1500, 2000, 64
-BLUR = 0.1
+BATCHES, SCHEDULED, BATCH = 3500, 3500, 64
+BLUR = 0.2
 """Largest noise on the past frames: in a rollout they are the model's own."""
 ROLLOUTS, FRAMES, STEPS = 50, 16, 25
 """Scenes, frames in each, and steps of denoising that the written weights are judged by."""
