@@ -288,6 +288,8 @@ def _spell_out(graph: Graph) -> None:
             )
         elif node.target is aten.square.default:
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+        elif node.target in PARTING:
+            _spell_out_parts(node)
         elif node.target is aten.masked_fill.Scalar and node.meta["val"].dtype == torch.bool:
             _spell_out_fill(graph, node)
         elif node.target is aten.movedim.int:
@@ -297,6 +299,17 @@ def _spell_out(graph: Graph) -> None:
         elif op_name(node) in CASTS and node.target is not aten._to_copy.default:
             node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
             node.target = aten._to_copy.default
+
+
+PARTING = (aten.chunk.default, aten.split.Tensor)
+"""Ops that give several parts, of which torch's translation makes a sequence, inside of a branch at least."""
+
+
+def _spell_out_parts(node: Node) -> None:
+    axis: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    lengths = [part.shape[axis] for part in node.meta["val"]]
+    if all(isinstance(length, int) for length in lengths):
+        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], lengths, axis), {}
 
 
 def _spell_out_fill(graph: Graph, node: Node) -> None:
