@@ -30,13 +30,15 @@ def tolerance(stage: Stage, precision: str) -> float:
     either direction: ``u * sqrt(k)``; of vectors of ``LANES`` partial sums only one is on the way of an error, which
     leaves ``u * sqrt(k / LANES)``. In half precisions both factors of a product are rounded, while the sums are
     float32: ``u * sqrt(2)``. Both engine and eager execution round, in float32 alike. A graph that computes in a half
-    precision itself does so on an engine in float32 as well, and there both round: ``u * sqrt(4)``.
+    precision itself does so on an engine in float32 as well, and there both round: ``u * sqrt(4)``. The other ops round
+    their results, but for those between 8-bit products, which stay float32.
     """
     rounding = work(stage)
     own = _precision(stage)
     precision = max(precision, own, key=ROUNDOFF.__getitem__)
     terms = 2 * max(rounding.longest / LANES, 1) if precision == "f32" else 2 if own == "f32" else 4
-    return SAFETY * ROUNDOFF[precision] * math.sqrt(rounding.contractions * terms + _ops(stage))
+    others = 0 if precision == "int8" else _ops(stage)
+    return SAFETY * ROUNDOFF[precision] * math.sqrt(rounding.contractions * terms + others)
 
 
 def _ops(stage: Stage) -> int:

@@ -75,6 +75,29 @@ def test_the_sampler_of_the_artifact_is_that_which_is_meant() -> None:
     assert not np.array_equal(dense().denoise(SHAPE, sampler=DDIM(), steps=5, label=LABEL), named)
 
 
+class Guided(nn.Module):
+    """A model whose input has the name of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Small(depth=3)
+
+    def forward(self, sample: Tensor, timestep: Tensor, guidance: Tensor) -> Tensor:
+        found: Tensor = self.model(sample, timestep, guidance)
+        return found
+
+
+def test_inputs_that_are_named_as_arguments_are_given_apart() -> None:
+    inputs = example()
+    given = {"sample": inputs["sample"], "timestep": inputs["timestep"], "guidance": inputs["label"]}
+    model = session([capture((Guided().eval(), (), given)).main])
+    expected = dense().denoise(SHAPE, sampler=SAMPLER, steps=5, label=LABEL)
+    found = model.denoise(SHAPE, sampler=SAMPLER, steps=5, conditions={"guidance": LABEL})
+    np.testing.assert_array_equal(found, expected)
+    frames = model.rollout(1, SHAPE, sampler=SAMPLER, steps=5, conditions=lambda frame, made: {"guidance": LABEL})
+    np.testing.assert_array_equal(frames[:, 0], expected)
+
+
 def test_samples_are_the_same_whatever_batch_they_are_drawn_in() -> None:
     model = interval(dynamic=True)
     labels = np.array([1, 3, 0, 2, 4])
