@@ -142,8 +142,8 @@ def test_what_all_samples_share_is_given_whole(monkeypatch: pytest.MonkeyPatch) 
     assert not model.batched("table")
     given: list[dict[str, Any]] = []
 
-    def denoise(shape: Any, **options: Any) -> Any:
-        given.append(options)
+    def denoise(shape: Any, *, conditions: dict[str, Any], **options: Any) -> Any:
+        given.append(conditions)
         return np.zeros(shape)
 
     monkeypatch.setattr(model, "denoise", denoise)
