@@ -72,10 +72,16 @@ def translate(stage: Stage) -> ir.Model:
     # torch writes all results of an op; mean and deviation of a norm engines refuse, the latter in mixed types
     RemoveUnusedNodesPass()(model)
     _fold_transposed_weights(model)
-    fuse(model)
+    fuse(model, _rows(stage))
     _forget(model)
     _name(model, stage)
     return model
+
+
+def _rows(stage: Stage) -> int:
+    """About how many tokens the example has: its ids, or the rows of its first input."""
+    first = stage.example[0]
+    return first.numel() // (max(first.shape[-1], 1) if first.is_floating_point() and first.dim() else 1)
 
 
 @contextmanager

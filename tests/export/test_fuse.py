@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optpass.capture import capture
 from optpass.export import artifact
+from optpass.export.fuse import FEW
 from optpass.export.onnxruntime import save
 from optpass.export.translate import translate
 from optpass.program import Stage
@@ -35,8 +36,9 @@ class Siblings(nn.Module):
         return torch.cat([query, normed, value], -1)
 
 
-def stage(shared: bool = False) -> Stage:
-    return capture((Siblings(shared).eval(), (), {"x": torch.randn(2, 5, 16)}), dynamic=["x:1=tokens:1..9"]).main
+def stage(shared: bool = False, tokens: int = 5) -> Stage:
+    example = {"x": torch.randn(2, tokens, 16)}
+    return capture((Siblings(shared).eval(), (), example), dynamic=["x:1=tokens:1..64"]).main
 
 
 def ops(made: Stage) -> Counter[str]:
@@ -46,6 +48,11 @@ def ops(made: Stage) -> Counter[str]:
 def test_products_of_one_input_are_one() -> None:
     found = ops(stage())
     assert (found["MatMul"], found["Split"], found["Reciprocal"], found["Div"]) == (1, 1, 0, 1)
+
+
+def test_products_of_many_rows_stay_apart() -> None:
+    found = [ops(stage(tokens=tokens)) for tokens in (FEW // 2, FEW // 2 + 1)]
+    assert [(each["MatMul"], each["Split"]) for each in found] == [(1, 1), (3, 0)]
 
 
 def test_weight_that_something_else_reads_stays_as_it_is() -> None:
