@@ -160,8 +160,9 @@ class Writer:
 
         Nothing can be added any more.
         """
-        for engine in [self.engines[name] for name in self.engines if self.runs(name)]:
-            self.reference(engine.role, engine.form)
+        for name, engine in self.engines.items():
+            if self.runs(name):
+                self.reference(engine.role, engine.form)
         for source in self._sources.values():
             source.stage.release()
             source.__dict__.pop("onnx", None)

@@ -177,9 +177,8 @@ def _profile(builder: Any, stage: Stage) -> Any:
     """Smallest, example and largest shape of each input."""
     profile = builder.create_optimization_profile()
     for spec, example in zip(stage.inputs, stage.example, strict=True):
-        least = [stage.ranges[size].minimum if isinstance(size, str) else size for size in spec.shape]
-        most = [stage.ranges[size].maximum if isinstance(size, str) else size for size in spec.shape]
-        profile.set_shape(spec.name, least, list(example.shape), most)
+        least, most = stage.limits(spec)
+        profile.set_shape(spec.name, least, tuple(example.shape), most)
     return profile
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from optpass.errors import OptpassError
@@ -23,7 +22,7 @@ from optpass.export import branches
 from optpass.export.base import Backend, Source
 from optpass.export.inductor import SETTINGS, check_compiler, contiguous, moved
 from optpass.export.standard import LOW
-from optpass.program import Stage, op_name
+from optpass.program import Stage, dynamic_shapes, op_name
 from optpass.runtime import cuda
 from optpass.runtime.engines import inductor
 from optpass.runtime.engines import torch_tensorrt as engine
@@ -108,7 +107,7 @@ def _build(stage: Stage, file: Path) -> None:
         str(file),
         output_format="aot_inductor",
         arg_inputs=[tensor.to(inductor.GPU) for tensor in stage.example],
-        dynamic_shapes=_shapes(stage),
+        dynamic_shapes=dynamic_shapes(stage.inputs, stage.ranges),
         inductor_configs=SETTINGS,
     )
 
@@ -120,18 +119,10 @@ def _inputs(library: Any, stage: Stage) -> list[Any]:
         if not any(isinstance(size, str) for size in spec.shape):
             found.append(library.Input(shape=tuple(example.shape), dtype=example.dtype, name=spec.name))
             continue
-        least = tuple(stage.ranges[size].minimum if isinstance(size, str) else size for size in spec.shape)
-        most = tuple(stage.ranges[size].maximum if isinstance(size, str) else size for size in spec.shape)
+        least, most = stage.limits(spec)
         shapes = {"min_shape": least, "opt_shape": tuple(example.shape), "max_shape": most}
         found.append(library.Input(**shapes, dtype=example.dtype, name=spec.name))
     return found
-
-
-def _shapes(stage: Stage) -> tuple[dict[int, Any], ...] | None:
-    """The dynamic axes of each input, those of one name the same; None where all sizes are fixed."""
-    dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in stage.ranges.items()}
-    shapes = [{axis: dims[size] for axis, size in enumerate(s.shape) if isinstance(size, str)} for s in stage.inputs]
-    return tuple(shapes) if dims else None
 
 
 def halved(stage: Stage, dtype: torch.dtype) -> Stage:

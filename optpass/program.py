@@ -95,6 +95,11 @@ class Stage:
             if form is not None:
                 form.release()
 
+    def limits(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The smallest and the largest shape of an input."""
+        bounds = [self.ranges[size] if isinstance(size, str) else Range(size, size) for size in spec.shape]
+        return tuple(bound.minimum for bound in bounds), tuple(bound.maximum for bound in bounds)
+
     def resized(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         """The example with its dynamic dimensions tiled or cropped to ``sizes``; values stay in their domain.
 
@@ -166,18 +171,23 @@ def trace(
     With ``computed`` the module holds sizes that are computed from dynamic ones, such as half of the tokens: they may
     become 1, and relations between them are left to the run, where the tracer would narrow the range.
     """
-    dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in ranges.items()}
-    shapes = tuple(
-        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
-    )
     with torch.no_grad(), _config.patch(backed_size_oblivious=computed):  # type: ignore[attr-defined]
         return torch.export.export(
             module,
             tuple(example),
-            dynamic_shapes=shapes if dims else None,
+            dynamic_shapes=dynamic_shapes(inputs, ranges),
             strict=strict,
             prefer_deferred_runtime_asserts_over_guards=computed,
         )
+
+
+def dynamic_shapes(inputs: Sequence[TensorSpec], ranges: Mapping[str, Range]) -> tuple[dict[int, Any], ...] | None:
+    """The dynamic axes of each input as torch.export takes them, those of one name the same; None without any."""
+    dims = {name: Dim(name, min=r.minimum, max=r.maximum) for name, r in ranges.items()}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
+    )
+    return shapes if dims else None
 
 
 def output_specs(
