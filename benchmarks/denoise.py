@@ -421,19 +421,13 @@ def one_step(engines: Mapping[str, Denoiser], course: Course, backend: str, seco
         calls += [partial(stepper.call, given, False, False)] * ROW
         begin, turns = time.perf_counter(), list[list[float]]()
         while len(turns) < 2 * measure.FEWEST or time.perf_counter() - begin < seconds:
-            turns.append([_seconds(call) for call in calls])
+            turns.append([measure.seconds_of(call) for call in calls])
         times = np.array(turns[len(turns) // 10 :]).T
         done = measure.Round((times[0], times[1], times[2], times[2:].mean(0)))
         shares = {kind: _ratio(done, number, 0) for number, kind in enumerate(("computed", "first", "predicted"), 1)}
         dense_ms = round(1e3 * float(np.median(times[0])), 3)
         found.append({"model": course.title, "backend": backend, "engine": name, "dense_ms": dense_ms, **shares})
     return found
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 # Tables

@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from optpass.errors import OptpassError
+from optpass.errors import OptpassError, first_line
 from optpass.export import branches
 from optpass.export.base import Backend, Source
 from optpass.program import Stage, op_name, place_of
@@ -120,11 +120,9 @@ class Inductor(Backend):
                 )
         except Exception as error:  # of torch's own types, or of the compiler
             named = [node for node in exported.graph.nodes if node.op == "call_function" and node.name in str(error)]
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = lines[0][:200] if lines else type(error).__name__
             raise OptpassError(
                 "not-lowered",
-                f"AOTInductor cannot compile the model: {text}",
+                f"AOTInductor cannot compile the model: {first_line(error)[:200]}",
                 "use onnxruntime or openvino",
                 place_of(named[0]) if named else None,
             ) from error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from optpass.errors import OptpassError
+from optpass.errors import OptpassError, first_line
 from optpass.export import branches
 from optpass.export.base import Backend, Source
 from optpass.export.inductor import SETTINGS, check_compiler, contiguous, moved
@@ -78,9 +78,7 @@ class TorchTensorRT(Backend):
                 warnings.simplefilter("ignore")
                 _build(stage, folder / FILE)
         except Exception as error:  # of types of their own, or of the compiler
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = lines[0][:200] if lines else type(error).__name__
-            what = f"torch-tensorrt cannot compile the model: {text}"
+            what = f"torch-tensorrt cannot compile the model: {first_line(error)[:200]}"
             raise OptpassError("not-lowered", what, "use tensorrt or onnxruntime") from error
         return FILE
 

@@ -53,3 +53,8 @@ class OptpassError(Exception):
     @classmethod
     def of(cls, refusal: Refusal, *, exit_code: int = 2) -> OptpassError:
         return cls(refusal.code, refusal.what, refusal.remedy, refusal.where, exit_code=exit_code)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that an error of another library says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

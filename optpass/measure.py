@@ -102,7 +102,7 @@ def interleave(
         while len(turns) < fewest or (time.perf_counter() - begin < seconds and len(turns) < MOST):
             order = [int(which) for which in rng.permutation(len(functions))]
             for turn in (order, order[::-1]):
-                took = {which: _seconds(functions[which]) for which in turn}
+                took = {which: seconds_of(functions[which]) for which in turn}
                 turns.append([took[which] for which in range(len(functions))])
             if progress:
                 progress(min((time.perf_counter() - begin) / max(seconds, 1e-9), 1.0))
@@ -115,13 +115,14 @@ def interleave(
 def _warm_up(functions: Sequence[Run], deadline: float) -> None:
     best = float("inf")
     while True:
-        fastest = sum(min(_seconds(function) for _ in range(WINDOW)) for function in functions)
+        fastest = sum(min(seconds_of(function) for _ in range(WINDOW)) for function in functions)
         if fastest > STABLE * best or time.perf_counter() > deadline:
             return
         best = fastest
 
 
-def _seconds(function: Run) -> float:
+def seconds_of(function: Run) -> float:
+    """How long one call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin

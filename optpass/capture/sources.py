@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from optpass.capture.failure import quiet
 from optpass.capture.lines import innermost
-from optpass.errors import OptpassError, Place
+from optpass.errors import OptpassError, Place, first_line
 
 FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<factory>[A-Za-z_]\w*)")
 LEAST = 3
@@ -112,7 +112,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptpassError(
-            "input-dtype", f"input {name} is no tensor: {_first_line(error)}", "give numbers or booleans"
+            "input-dtype", f"input {name} is no tensor: {first_line(error)}", "give numbers or booleans"
         ) from error
 
 
@@ -159,7 +159,7 @@ def _from_file(name: str, path: Path) -> Source:
             exported = torch.export.load(path)
     except Exception as error:  # the reader of archives raises errors of many types on damaged ones
         raise OptpassError(
-            "corrupt-file", f"{name} is no readable torch.export file: {_first_line(error)}", "write it again"
+            "corrupt-file", f"{name} is no readable torch.export file: {first_line(error)}", "write it again"
         ) from error
     if exported.example_inputs is None:
         raise OptpassError("no-example", f"{name} holds no example inputs", "save it with its example inputs")
@@ -206,7 +206,7 @@ def _from_factory(name: str, module_name: str, factory_name: str) -> Source:
             line = innermost(traceback.extract_tb(error.__traceback__))
             raise OptpassError(
                 "factory-fails",
-                f"{name} raised {type(error).__name__}: {_first_line(error)}",
+                f"{name} raised {type(error).__name__}: {first_line(error)}",
                 "mend the factory",
                 Place(module_name, line=line),
             ) from error
@@ -226,7 +226,7 @@ def _import(name: str, module_name: str) -> ModuleType:
         line = innermost(traceback.extract_tb(error.__traceback__))
         raise OptpassError(
             "factory-fails",
-            f"importing {module_name} raised {type(error).__name__}: {_first_line(error)}",
+            f"importing {module_name} raised {type(error).__name__}: {first_line(error)}",
             "mend the module",
             Place(module_name, line=line),
         ) from error
@@ -241,7 +241,3 @@ def _importable_cwd() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

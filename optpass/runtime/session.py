@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optpass.errors import OptpassError
+from optpass.errors import OptpassError, first_line
 from optpass.runtime import choice
 from optpass.runtime import manifest as manifests
 from optpass.runtime.engines.base import Array, Opened, open_engine, open_on, require, unfit
@@ -71,8 +71,7 @@ class Session:
         try:
             return opened.run(arrays, wanted)
         except Exception as error:  # engines raise errors of their own types
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            what = f"engine {self.name} cannot compute these inputs: {first}"
+            what = f"engine {self.name} cannot compute these inputs: {first_line(error)}"
             raise OptpassError(
                 "engine-run", what, "compare them with the example the model was captured with"
             ) from error
