@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -45,7 +45,7 @@ from optpass.export import artifact
 from optpass.program import Program
 from optpass.runtime import manifest as manifests
 from optpass.runtime.denoise import Denoiser
-from optpass.runtime.features import NEW, STATE, STREAK, THRESHOLD, WARMUP
+from optpass.runtime.features import COUNTED, COUNTERS, NEW, ROOM, STATE, STREAK, THRESHOLD, WARMUP
 
 Array = NDArray[Any]
 Conditions = Mapping[str, Any]
@@ -147,12 +147,12 @@ class Choice:
     def __call__(self, target: int) -> dict[str, Any]:
         """The warm-up is a third of the steps at most; a signal decides where the engine has one."""
         initial = self.model.engine.initial
-        warmup = min(int(initial[STATE + WARMUP]), max(3, target // 3))
-        if STATE + THRESHOLD not in initial:
+        warmup = min(int(initial[WARMUP]), max(3, target // 3))
+        if THRESHOLD not in initial:
             streak = min(range(1, STEPS), key=lambda n: abs(uniform(warmup, n) - target))
             return {WARMUP: warmup, STREAK: streak}
         # room for the signal: waiting alone computes three quarters of the steps at most
-        own = int(initial[STATE + STREAK])
+        own = int(initial[STREAK])
         streak = next((n for n in range(own, STEPS) if uniform(warmup, n) <= 0.75 * target), max(own, STEPS))
         return {WARMUP: warmup, STREAK: streak, THRESHOLD: self._threshold(target, warmup, streak)}
 
@@ -188,24 +188,14 @@ def uniform(warmup: int, streak: int) -> int:
 class Stepper:
     """The engines of an artifact, called by hand: whether a step is computed is said from outside."""
 
-    FORCED: ClassVar[dict[bool, dict[str, float]]] = {
-        True: {WARMUP: 10**6},
-        False: {WARMUP: 0, STREAK: 10**6, THRESHOLD: 1e30},
-    }
-
     def __init__(self, model: Denoiser, course: Course) -> None:
         self.model, self.course = model, course
         self.own = [info for info in model.engine.inputs if not info.name.startswith(STATE)]
         self.state: dict[str, Array] = {}
 
     def begin(self, batch: int) -> None:
-        """A state before the first step; the last step is never reached."""
-        model = self.model
-        for info in model.state:
-            shape = [size if isinstance(size, int) else batch for size in info.shape]
-            self.state[info.name] = np.full(shape, model.engine.initial.get(info.name, 0), info.dtype)
-        if self.state:
-            self.state[STATE + "steps"][:] = 10**6
+        """A state before the first step; the last step is never reached, nor any threshold."""
+        self.state = self.model.started(batch, 10**6, {**self.model.engine.initial, THRESHOLD: 1e30})
 
     def given(self, sample: Array, timestep: float, conditions: Conditions) -> list[Array]:
         """The inputs of the model in order."""
@@ -220,10 +210,9 @@ class Stepper:
         engine, opened = model.engine, model.opened
         if model.full is not None and model.computing is not None:
             engine, opened = (model.computing, model.full) if computed else (engine, opened)
-        else:
-            for knob, value in self.FORCED[computed].items():
-                if STATE + knob in state:
-                    state[STATE + knob] = np.full_like(state[STATE + knob], value)
+        elif state:
+            counters = state[STATE + COUNTED] = state[STATE + COUNTED].copy()
+            counters[COUNTERS.index(ROOM)] = 0 if computed else 1
         results = dict(
             zip((i.name for i in engine.outputs), model.call(opened, [*given, *state.values()]), strict=True)
         )

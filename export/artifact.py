@@ -138,7 +138,7 @@ class Writer:
         return self._opened[engine]
 
     def begin_with(self, engine: str, initial: Mapping[str, float]) -> None:
-        """Set what state a run of an engine begins with."""
+        """Set knobs that a run of an engine begins with."""
         before = self.engines[engine]
         self.engines[engine] = before.model_copy(update={"initial": {**before.initial, **initial}})
         self.forget(engine)

@@ -11,7 +11,7 @@ from optpass.export import branches
 from optpass.export.translate import trials, work
 from optpass.program import Stage, op_name
 from optpass.runtime.check import Recorded, Reference, valued
-from optpass.runtime.features import STATE, STREAK
+from optpass.runtime.features import COUNTED, STATE
 from optpass.runtime.manifest import STEERED
 
 ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-9, "int8": 2.0**-8}
@@ -85,11 +85,11 @@ def effect(stage: Stage, dense: Stage) -> float:
 def reference(stage: Stage) -> Reference:
     """Run a stage eagerly at the smallest, the example and the largest sizes of its dynamic dimensions.
 
-    A stage that decides in its graph is run once more at each of them with nothing to be predicted, so that both of its
-    branches are seen.
+    A stage that decides in its graph is run once more at each of them as the last step of a run, which is computed, so
+    that both of its branches are seen.
     """
     recorded = []
-    both = ({}, {STATE + STREAK: 0}) if stage.name == STEERED else ({},)
+    both = ({}, {STATE + COUNTED: 9}) if stage.name == STEERED else ({},)
     for sizes in [{**sizes, **more} for more in both for sizes in trials(stage)]:
         results = stage.run(stage.resized(sizes)) if sizes else stage.results
         outputs = {spec.name: _array(t) for spec, t in zip(stage.outputs, results, strict=True)}

@@ -44,7 +44,7 @@ from optpass.runtime import choice, schedules
 from optpass.runtime import manifest as manifests
 from optpass.runtime.denoise import Denoiser
 from optpass.runtime.engines.base import layers as engine_layers
-from optpass.runtime.features import STATE, STREAK, recognise
+from optpass.runtime.features import STREAK, recognise
 from optpass.runtime.providers import Provider
 from optpass.runtime.session import load
 from optpass.structure import Structure, analyse
@@ -733,7 +733,7 @@ def _calibrated(
     given = evaluation.data or new.reference("dense").inputs({})
     conditions = {name: given[name] for name in model.roles.conditions}
     found = calibration.calibrate(model, other, conditions, max_drop, steps.next)
-    new.begin_with(main, {STATE + found.knob: found.value})
+    new.begin_with(main, {found.knob: found.value})
     return found
 
 

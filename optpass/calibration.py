@@ -15,7 +15,7 @@ import numpy as np
 from optpass import metrics, similarity
 from optpass.results import Metric
 from optpass.runtime.denoise import Denoiser
-from optpass.runtime.features import STATE, STREAK, THRESHOLD
+from optpass.runtime.features import STREAK, THRESHOLD
 from optpass.similarity import Array
 
 SEARCHED, HELD = 8, 16
@@ -73,7 +73,7 @@ def calibrate(
     found = {}
     for part, count, seed in zip(parts, (SEARCHED, HELD), (0, APART), strict=True):
         found[seed] = part, count, similarity.samples(dense, part, count=count, seed=seed)[0]
-    knob = THRESHOLD if STATE + THRESHOLD in model.engine.initial else STREAK
+    knob = THRESHOLD if THRESHOLD in model.engine.initial else STREAK
     whole = knob == STREAK
 
     def drop(value: float, seed: int) -> Metric:
@@ -84,7 +84,7 @@ def calibrate(
         (figure,) = metrics.similar(model.name, samples, expected, taken)
         return figure
 
-    value = _largest(lambda v: drop(v, 0).drop.high <= max_drop, model.engine.initial[STATE + knob], whole)
+    value = _largest(lambda v: drop(v, 0).drop.high <= max_drop, model.engine.initial[knob], whole)
     held = drop(value, APART)
     for _ in range(STEPS_BACK):
         if held.drop.high <= max_drop or not value:

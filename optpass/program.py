@@ -51,7 +51,7 @@ class Stage:
         inputs, outputs: names, dtypes and shapes.
         ranges: the range of each dynamic dimension named in the shapes.
         example: one tensor per input, inside the ranges.
-        initial: what state a run begins with that is not zero, by the name of the input.
+        initial: the knobs that a run begins with, by name.
         in_place: the same for backends that write new rows into the buffers they are given; None where there is none.
         whole: the same with each kernel as one node, for backends that run it on a GPU; None where there is none.
     """

@@ -22,16 +22,21 @@ from optpass.rewrite import Refused
 from optpass.runtime.features import (
     COMPUTED,
     COUNT,
+    COUNTED,
+    COUNTERS,
     DAMAGED,
     KNOBS,
-    LAST,
     NEW,
     REFUSED,
+    ROOM,
+    SINCE,
     STATE,
     STEP,
     STEPS,
     STREAK,
+    THRESHOLD,
     WARMUP,
+    counter,
     recognise,
 )
 from optpass.runtime.manifest import FULL, REUSE, STEERED
@@ -90,12 +95,9 @@ class Parts(nn.Module):
         with torch.no_grad():
             anchored, probes, into_values, _ = self.look(self.example)
             features = self.less(self.inner(*into_values), anchored)
-        one = torch.zeros(1, dtype=torch.int64)
-        shared = {name: one for name in (STEP, STEPS, LAST, COUNT)}
-        self.start = {n: torch.tensor([v]) for n, v in policy.options.model_dump().items() if n in KNOBS}
-        every = shared | self.start | policy.start(features, probes)
-        self.initial = {name: value.clone() for name, value in every.items()}
-        self.lasting = {STEPS, *self.start}
+        self.knobs = {name: value for name, value in policy.options.model_dump().items() if name in KNOBS}
+        self.own = policy.start(features, probes)
+        self.names = list(self.started(0))
         self.few: GraphModule | None = None
         if recompute:
             self._recompute(recompute)
@@ -104,7 +106,7 @@ class Parts(nn.Module):
         """Compute a share of the tokens in each step that is predicted."""
         found, policy = self.found, self.policy
         space, count = partial.space_of(found), partial.tokens(found)
-        score = policy.score(self.initial)
+        score = policy.score(self.started(0))
         if score is None:
             what = f"policy {policy.name} tells no tokens apart"
             raise Refused(Refusal("recompute", what, "use worldcache, or a polynomial with order=1 or more"))
@@ -136,9 +138,7 @@ class Parts(nn.Module):
 
     def must(self, state: Mapping[str, Tensor], probes: Sequence[Tensor], damaged: Tensor) -> Tensor:
         """Whether the step has to be computed, bool ``[1]``."""
-        step, steps = state[STEP], state[STEPS]
-        found = (step < state[WARMUP]) | (step >= steps - 1) | (state[COUNT] < self.policy.needs) | damaged
-        found = found | (step - state[LAST] > state[STREAK])
+        found: Tensor = (counter(state, ROOM) < 1) | damaged
         due = self.policy.due(state, probes)
         return found if due is None else found | due
 
@@ -146,8 +146,19 @@ class Parts(nn.Module):
         self, state: Mapping[str, Tensor], features: Sequence[Tensor], anchors: Sequence[Tensor], probes: list[Tensor]
     ) -> dict[str, Tensor]:
         """The state behind a computed step."""
+        new = {name: counter(state, name) for name in COUNTERS}
+        new |= {name: new[name] + 1 for name in (STEP, COUNT)}
+        enough = (new[STEP] >= new[WARMUP]) & (new[COUNT] >= self.policy.needs)
+        # the last step of a run is always computed
+        room = torch.minimum(new[STREAK], new[STEPS] - 1 - new[STEP])
+        new |= {SINCE: torch.ones_like(new[SINCE]), ROOM: torch.where(enough, room, 0)}
         own = self.policy.computed(state, self.less(features, anchors), probes)
-        return {STEP: state[STEP] + 1, LAST: state[STEP] + 0, COUNT: state[COUNT] + 1, **own}
+        return {COUNTED: torch.cat(list(new.values())), **own}
+
+    def passed(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The counters behind a step that was predicted."""
+        more = {STEP: 1, SINCE: 1, ROOM: -1}
+        return state[COUNTED] + torch.tensor([more.get(name, 0) for name in COUNTERS], dtype=torch.int32)
 
     def chosen(self, state: Mapping[str, Tensor]) -> Tensor:
         """The tokens that are computed in a step that is predicted, ascending."""
@@ -178,9 +189,22 @@ class Parts(nn.Module):
             finite = finite & ((feature * 0).sum() == 0)
         return found, ~finite
 
+    def started(self, steps: int, **knobs: float) -> dict[str, Tensor]:
+        """The state before the first of so many steps, by name."""
+        begun = {**self.knobs, **knobs, STEPS: steps}
+        found = {COUNTED: torch.tensor([begun.get(name, 0) for name in COUNTERS], dtype=torch.int32)}
+        if THRESHOLD in begun:
+            found[THRESHOLD] = torch.tensor([float(begun[THRESHOLD])])
+        return found | {name: value.clone() for name, value in self.own.items()}
+
     def states(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The state by name."""
-        return dict(zip(self.initial, tensors[self.count :], strict=True))
+        return dict(zip(self.names, tensors[self.count :], strict=True))
+
+    @property
+    def changing(self) -> list[str]:
+        """What is handed back of it."""
+        return [name for name in self.names if name != THRESHOLD]
 
 
 class _Full(nn.Module):
@@ -189,7 +213,7 @@ class _Full(nn.Module):
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.parts = parts
-        self.names = [name for name in parts.initial if name not in parts.lasting]
+        self.names = parts.changing
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         parts, state = self.parts, self.parts.states(tensors)
@@ -207,14 +231,14 @@ class _Reuse(nn.Module):
         self.parts = parts
         with torch.no_grad():
             probes = parts.look(parts.example)[1]
-            changed = parts.policy.predicted(parts.initial, probes)
-        self.names = [STEP, *changed, REFUSED, DAMAGED]
+            changed = parts.policy.predicted(parts.started(0), probes)
+        self.names = [COUNTED, *changed, REFUSED, DAMAGED]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         parts, state = self.parts, self.parts.states(tensors)
         anchors, probes, into, around = parts.look(tensors[: parts.count])
         predicted, damaged = parts.predicted(state)
-        new = {STEP: state[STEP] + 1, **parts.policy.predicted(state, probes)}
+        new = {COUNTED: parts.passed(state), **parts.policy.predicted(state, probes)}
         new |= {REFUSED: parts.must(state, probes, damaged), DAMAGED: damaged}
         features = parts.completed(state, predicted, anchors, into)
         return (*parts.back(*around, *features), *(new[name] for name in self.names))
@@ -226,16 +250,17 @@ class _Steered(nn.Module):
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.parts = parts
-        self.kept = [name for name in parts.initial if name not in parts.lasting]
-        self.names = [*self.kept, COMPUTED, DAMAGED]
+        self.names = [*parts.changing, COMPUTED, DAMAGED]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         parts, state = self.parts, self.parts.states(tensors)
         anchors, probes, into, around = parts.look(tensors[: parts.count])
         predicted, damaged = parts.predicted(state)
         compute = parts.must(state, probes, damaged)
-        kept = self.kept
+        kept = parts.changing
         given = {"anchors": anchors, "probes": probes, "into": into, "predicted": predicted}
+        # a branch holds no constants
+        given["passed"] = [parts.passed(state)]
         every = [*(x for part in given.values() for x in part), *state.values()]
         # a tensor is handed over once, however many read it
         operands = list({id(tensor): tensor for tensor in every}.values())
@@ -255,7 +280,7 @@ class _Steered(nn.Module):
 
         def reused(*tensors: Tensor) -> tuple[Tensor, ...]:
             own, state = named(tensors)
-            new = {**state, STEP: state[STEP] + 1, **parts.policy.predicted(state, own["probes"])}
+            new = {**state, COUNTED: own["passed"][0], **parts.policy.predicted(state, own["probes"])}
             features = parts.completed(state, own["predicted"], own["anchors"], own["into"])
             return tuple(map(_own, [*features, *(new[name] for name in kept)]))
 
@@ -274,9 +299,9 @@ def _stage(name: str, parts: Parts, module: Any) -> Stage:
     before = parts.found.structure.stage
     example = _running(before, parts)
     batch = _batch(before)
-    fixed = {STEP, STEPS, LAST, COUNT, "times", *KNOBS, "change"}
+    fixed = {COUNTED, THRESHOLD, "times", "change"}
     specs = []
-    for key, value in parts.initial.items():
+    for key, value in parts.started(0).items():
         shape: list[int | str] = list(example[key].shape)
         if batch is not None and value.dim() and key not in fixed:
             shape = [batch[0] if d == 0 else size for d, size in enumerate(shape)]
@@ -289,7 +314,7 @@ def _stage(name: str, parts: Parts, module: Any) -> Stage:
         inputs=(*before.inputs, *specs),
         outputs=tuple(TensorSpec(output, "", ()) for output in outputs),
         example=(*before.example, *example.values()),
-        initial={STATE + key: value.item() for key, value in parts.start.items()},
+        initial=dict(parts.knobs),
     )
     return stage.retraced(_positional(module, len(stage.inputs)))
 
@@ -318,7 +343,7 @@ def _running(stage: Stage, parts: Parts) -> dict[str, Tensor]:
     """A state in the middle of a run: enough computed steps, at inputs so different that differences of features are as
     large as features, and as exact.
     """
-    state = {**parts.initial, STEPS: torch.tensor([50])}
+    state = parts.started(50)
     for number in range(max(parts.policy.needs, parts.policy.options.warmup, 3)):
         inputs = [x.roll(number + 1, -1) if x.is_floating_point() and x.dim() > 1 else x for x in stage.example]
         anchors, probes, into, _ = parts.look(inputs)

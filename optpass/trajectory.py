@@ -22,13 +22,13 @@ from optpass.probes import difference
 from optpass.program import Stage
 from optpass.results import Probes
 from optpass.reusing import Parts
-from optpass.runtime.features import COMPUTED, NEW, REFUSED, STATE, STEP, STEPS, STREAK, THRESHOLD, WARMUP
+from optpass.runtime.features import COMPUTED, COUNTED, NEW, REFUSED, STATE, STREAK, THRESHOLD, WARMUP
 from optpass.runtime.manifest import FULL, REUSE, STEERED
 
 RUN = 12
 """Steps of the run."""
 
-PREDICTING = {WARMUP: torch.tensor([3]), STREAK: torch.tensor([3]), THRESHOLD: torch.tensor([math.inf])}
+PREDICTING = {WARMUP: 3, STREAK: 3, THRESHOLD: math.inf}
 """Knobs of a second run, where the first one computes every step and so says nothing of the others."""
 
 State = dict[str, Tensor]
@@ -54,13 +54,13 @@ def walk(parts: Parts, stages: Sequence[Stage]) -> Probes:
     by_name = {stage.name: stage for stage in stages}
     identity, reuse, predicts = _run(parts, by_name, {})
     if not predicts:
-        knobs = {name: value for name, value in PREDICTING.items() if name in parts.start}
+        knobs = {name: value for name, value in PREDICTING.items() if name in parts.knobs}
         identity, reuse = (max(pair) for pair in zip((identity, reuse), _run(parts, by_name, knobs)[:2], strict=True))
     # tokens that are computed without the others are not what they are with them, at rest neither
     return Probes(identity=identity, reuse=max(reuse, 0.0 if parts.few else _at_rest(parts, by_name)))
 
 
-def _run(parts: Parts, stages: Mapping[str, Stage], knobs: Mapping[str, Tensor]) -> tuple[float, float, bool]:
+def _run(parts: Parts, stages: Mapping[str, Stage], knobs: Mapping[str, float]) -> tuple[float, float, bool]:
     """Largest difference of a computed step from the model, of any from the interpreter, and whether one is predicted.
 
     Args:
@@ -69,7 +69,7 @@ def _run(parts: Parts, stages: Mapping[str, Stage], knobs: Mapping[str, Tensor])
         knobs: in place of those that the policy was given.
     """
     found, main = parts.found, parts.found.structure.stage
-    state: State = {**parts.initial, STEPS: torch.tensor([RUN]), **knobs}
+    state = parts.started(RUN, **knobs)
     identity = reuse = 0.0
     predicts = False
     inputs = main.example
@@ -87,9 +87,8 @@ def _run(parts: Parts, stages: Mapping[str, Stage], knobs: Mapping[str, Tensor])
 def _at_rest(parts: Parts, stages: Mapping[str, Stage]) -> float:
     """Difference from the model of a step that is predicted after some at the very same inputs."""
     main = parts.found.structure.stage
-    state: State = {**parts.initial, STEPS: torch.tensor([100])}
-    before = max(int(state["warmup"]), parts.policy.needs) + 5
-    state["warmup"] = torch.tensor([before])
+    before = max(int(parts.knobs[WARMUP]), parts.policy.needs) + 5
+    state = parts.started(100, warmup=before)
     for _ in range(before):
         state = _take(stages, main.example, state).state
     step = _take(stages, main.example, state)
@@ -133,7 +132,7 @@ def _beside(parts: Parts, inputs: Sequence[Tensor], state: State) -> Walked:
     if parts.few is not None:
         features = _some_computed(parts, inputs, state, features)
     outputs, _ = _interpreted(found, inputs, (), dict(zip(found.features, features, strict=True)))
-    return Walked(outputs, {**state, STEP: state[STEP] + 1, **policy.predicted(state, probes)}, False)
+    return Walked(outputs, {**state, COUNTED: parts.passed(state), **policy.predicted(state, probes)}, False)
 
 
 def _some_computed(parts: Parts, inputs: Sequence[Tensor], state: State, features: list[Tensor]) -> list[Tensor]:

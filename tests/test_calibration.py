@@ -13,7 +13,7 @@ from optpass import calibration, grammar
 from optpass.cli._options import share
 from optpass.errors import OptpassError
 from optpass.runtime.denoise import Denoiser
-from optpass.runtime.features import STATE, STREAK, THRESHOLD
+from optpass.runtime.features import STREAK, THRESHOLD
 from tests.denoisers import SAMPLER, Small, example
 
 
@@ -53,7 +53,7 @@ def test_bound_is_held_on_other_samples(tmp_path: Path, passes: str) -> None:
         assert isinstance(model, Denoiser)
         (remade,) = grammar.read_recipe(model.manifest.recipe, "recipe")
         knob = THRESHOLD if "first-block" in passes else STREAK
-        assert getattr(remade.options, knob) == record.options[knob] == model.engine.initial[STATE + knob]
+        assert getattr(remade.options, knob) == record.options[knob] == model.engine.initial[knob]
         dense = optpass.load(folder, engine="dense/onnxruntime-f32")
         assert isinstance(dense, Denoiser)
         conditions = {"label": example()["label"].numpy()[-1:]}  # those that nothing was searched on

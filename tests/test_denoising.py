@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from optpass.program import Program, Stage, op_name
 from optpass.results import PassRecord
 from optpass.reusing import Parts
 from optpass.rewrite import Refused
-from optpass.runtime.features import LAST, STEP, STEPS
+from optpass.runtime.features import COUNTED, COUNTERS, ROOM, SINCE, STEP, counter
 from optpass.structure import Block, call_path
 from tests.denoisers import TOKENS, WIDTH, Small, program, stages
 
@@ -156,14 +156,13 @@ def test_a_state_of_its_batch_is_taken_and_given_back() -> None:
         assert shapes["sample"] == ("batch", 2, 8, 8)
         assert shapes["state_velocity_0"] == ("batch", TOKENS, 8)
         assert shapes["state_drift"] == ("batch",)
-        assert shapes["state_steps"] == shapes["state_threshold"] == (1,)
+        assert (shapes["state_counters"], shapes["state_threshold"]) == ((7,), (1,))
         # whatever the tracer makes of a size that it computes
         assert stage.outputs[0].shape == ("batch", 2, 8, 8)
-        assert stage.initial == {"state_warmup": 5, "state_streak": 6, "state_threshold": 1.0}
-    assert [spec.name for spec in reuse.outputs] == ["output", "new_step", "new_drift", "refused", "damaged"]
+        assert stage.initial == {"warmup": 5, "streak": 6, "threshold": 1.0}
+    assert [spec.name for spec in reuse.outputs] == ["output", "new_counters", "new_drift", "refused", "damaged"]
     assert [spec.name for spec in full.outputs][1:] == [
-        f"new_{name}"
-        for name in ("step", "last", "count", "feature_0", "velocity_0", "before_0", "curvature_0", "group_0", "drift")
+        f"new_{name}" for name in ("counters", "feature_0", "velocity_0", "turn_0", "curvature_0", "group_0", "drift")
     ]
 
 
@@ -238,16 +237,23 @@ def stale(patch: pytest.MonkeyPatch, made: Parts) -> None:
     patch.setattr(Parts, "look", lambda self, inputs: (*LOOK(self, inputs)[:3], around))
 
 
+def moved(state: Mapping[str, Tensor], name: str, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A counter that is one too far, or what it was before and one."""
+    more = counter(before, name) if before else 1
+    place = torch.tensor([n == name for n in COUNTERS], dtype=torch.int32)
+    return {**state, COUNTED: state[COUNTED] + more * place}
+
+
 def unnoted(patch: pytest.MonkeyPatch, made: Parts) -> None:
-    patch.setattr(Parts, "after", lambda self, state, *args: {**AFTER(self, state, *args), LAST: state[LAST] + 0})
+    patch.setattr(Parts, "after", lambda self, state, *args: moved(AFTER(self, state, *args), SINCE, state))
 
 
 def hasty(patch: pytest.MonkeyPatch, made: Parts) -> None:
-    patch.setattr(Parts, "after", lambda self, state, *args: {**AFTER(self, state, *args), STEP: state[STEP] + 2})
+    patch.setattr(Parts, "after", lambda self, *args: moved(AFTER(self, *args), STEP))
 
 
 def longer(patch: pytest.MonkeyPatch, made: Parts) -> None:
-    patch.setattr(Parts, "must", lambda self, state, *args: MUST(self, {**state, STEPS: state[STEPS] + 1}, *args))
+    patch.setattr(Parts, "must", lambda self, state, *args: MUST(self, moved(state, ROOM), *args))
 
 
 def inverted(patch: pytest.MonkeyPatch, made: Parts) -> None:
@@ -277,17 +283,17 @@ def no_drift(patch: pytest.MonkeyPatch, made: Parts) -> None:
 
 
 def no_turn(patch: pytest.MonkeyPatch, made: Parts) -> None:
-    patch.setattr(WorldCache, "_slope", lambda self, state, f, k: state[f"velocity_{f}"])
+    patch.setattr(WorldCache, "_turned", lambda self, state, k: 0 * k)
 
 
 FAULTS: dict[str, tuple[str, str, Plant]] = {
     "condition of another step in the tail": ("plain", "policy=interval,form=split", stale),
-    "last computed step not noted": ("plain", "policy=interval", unnoted),
+    "last computed step not noted": ("plain", "policy=interval,form=branch", unnoted),
     "steps counted twice": ("plain", "policy=interval,form=split", hasty),
-    "last step predicted": ("plain", "policy=interval", longer),
+    "last step predicted": ("plain", "policy=interval,form=branch", longer),
     "decision inverted": ("plain", "policy=first-block", inverted),
     "refusal inverted": ("plain", "policy=first-block,form=split", inverted),
-    "branches exchanged": ("plain", "policy=interval", turned),
+    "branches exchanged": ("plain", "policy=interval,form=branch", turned),
     "features exchanged": ("long", "policy=interval,region=0:2", exchanged),
     "differences over the last distance": ("plain", "policy=taylorseer", last_distance),
     "probe of the last computed step": ("plain", "policy=teacache,form=split", forgotten_probe),

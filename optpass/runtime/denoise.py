@@ -23,12 +23,13 @@ from optpass.errors import OptpassError
 from optpass.runtime.engines.base import Array, Opened
 from optpass.runtime.features import (
     COMPUTED,
+    COUNTED,
+    COUNTERS,
     DAMAGED,
     KNOBS,
     NEW,
     REFUSED,
     STATE,
-    STEP,
     STEPS,
     STREAK,
     THRESHOLD,
@@ -122,13 +123,24 @@ class Denoiser(Session):
         for name, value in ((THRESHOLD, threshold), (STREAK, streak), (WARMUP, warmup)):
             if value is None:
                 continue
-            if STATE + name not in initial:
-                known = ", ".join(knob for knob in KNOBS if STATE + knob in initial) or "none"
+            if name not in initial:
+                known = ", ".join(knob for knob in KNOBS if knob in initial) or "none"
                 raise OptpassError("usage", f"the engine has no {name}", f"it has {known}")
             if value < 0:
                 raise OptpassError("usage", f"{name} is {value}", "give 0 or more")
-            initial[STATE + name] = value
+            initial[name] = value
         return Run(self, steps, initial)
+
+    def started(self, batch: int, steps: int, knobs: Mapping[str, float]) -> dict[str, Array]:
+        """The state before the first of so many steps, by the names of the inputs."""
+        begun = {**knobs, STEPS: steps}
+        found = {}
+        for info in self.state:
+            shape = [size if isinstance(size, int) else batch for size in info.shape]
+            found[info.name] = np.full(shape, begun.get(info.name.removeprefix(STATE), 0), info.dtype)
+        if found:
+            found[STATE + COUNTED][:] = [begun.get(name, 0) for name in COUNTERS]
+        return found
 
     def denoise(
         self,
@@ -262,13 +274,13 @@ class Run:
         return first[(slice(None),) * roles.channels + (slice(width),)]
 
     def _check(self, arrays: Mapping[str, Array]) -> None:
-        roles = self.model.roles
+        model, roles = self.model, self.model.roles
         if self.taken.steps >= self.steps:
             raise _stale(self, f"all of its {self.steps} steps are taken")
         now = float(np.max(arrays[roles.timestep]))
         if not self._first:
             self._first = {name: array.copy() for name, array in arrays.items() if name != roles.timestep}
-            self._state = self._started(len(arrays[roles.sample]))
+            self._state = model.started(len(arrays[roles.sample]), self.steps, self._initial)
         elif arrays[roles.sample].shape != self._first[roles.sample].shape:
             shapes = self._first[roles.sample].shape, arrays[roles.sample].shape
             raise _stale(self, f"it began with {roles.sample} of {list(shapes[0])}, this one is {list(shapes[1])}")
@@ -280,15 +292,6 @@ class Run:
         if self._times and (turned or now == self._times[-1]):
             raise _stale(self, f"{roles.timestep} {now:g} does not go on from {self._times[-1]:g}")
         self._times.append(now)
-
-    def _started(self, batch: int) -> dict[str, Array]:
-        found = {}
-        for info in self.model.state:
-            shape = [size if isinstance(size, int) else batch for size in info.shape]
-            found[info.name] = np.full(shape, self._initial.get(info.name, 0), info.dtype)
-        if found:
-            found[STATE + STEPS][:] = self.steps
-        return found
 
     def _run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """One call, or a second one where a prediction is refused."""
@@ -308,8 +311,10 @@ class Run:
 
     def _surely(self) -> bool:
         """Whether a step has to be computed whatever it brings, so that it need not be tried."""
-        step = int(self._state[STATE + STEP][0])
-        return step < int(self._state[STATE + WARMUP][0]) or step >= self.steps - 1
+        step, computed = self.taken.steps, self.taken.computed
+        if not computed or step < self._initial[WARMUP] or step >= self.steps - 1:
+            return True
+        return step - computed[-1] > self._initial[STREAK]
 
     def _computed(self, given: Sequence[Array]) -> dict[str, Array]:
         model = self.model

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from optpass.runtime.manifest import MAIN, REUSE, STEERED
 
 STATE, NEW = "state_", "new_"
 """What names of inputs begin with that hold what is kept between steps, and of outputs that take their place."""
 
-STEP, STEPS, LAST, COUNT = "step", "steps", "last", "count"
-"""State ``int64 [1]`` of every policy: steps done, steps in all, the last one that was computed, how many were."""
+STEP, STEPS, COUNT, SINCE, ROOM = "step", "steps", "count", "since", "room"
+"""Steps done, steps in all, how many were computed, how many steps ago the last one was, and how many may be predicted
+from here on before one has to be computed whatever it brings."""
 
 WARMUP, STREAK, THRESHOLD = "warmup", "streak", "threshold"
-"""State that a run begins with and that stays: how many steps are computed at first, how many at most are predicted in
-a row (``int64 [1]``), and at which value of its signal a policy computes (``float32 [1]``, where it has a signal)."""
+"""What a run begins with and that stays: how many steps are computed at first, how many at most are predicted in a row,
+and at which value of its signal a policy computes (``float32 [1]``, where it has a signal)."""
 
 KNOBS = (WARMUP, STREAK, THRESHOLD)
+
+COUNTERS = (STEP, STEPS, COUNT, SINCE, ROOM, WARMUP, STREAK)
+"""What is counted for every policy, in the order of one tensor, ``int32 [7]``: each tensor that is handed to an engine
+costs as much as some ops of a step that is predicted."""
+
+COUNTED = "counters"
+"""Name of that tensor."""
+
+
+def counter(state: Mapping[str, Any], name: str) -> Any:
+    """One of them, ``[1]``."""
+    place = COUNTERS.index(name)
+    return state[COUNTED][place : place + 1]
+
 
 COMPUTED, REFUSED, DAMAGED = "computed", "refused", "damaged"
 """Outputs, bool ``[1]``: whether the step was computed, whether it has to be, whether what was kept is no number."""

@@ -16,7 +16,7 @@ import optpass
 from optpass.errors import OptpassError
 from optpass.results import Accepted, Fidelity, Latency, Layer, Metric, PassRecord, Result, Unrun
 
-SCHEMA = 2
+SCHEMA = 3
 NAME = "manifest.json"
 
 MAIN = "main"
@@ -68,7 +68,7 @@ class Engine(Result):
         tolerance: difference from eager execution that rounding explains, relative to the largest output.
         target: devices that it is built for, one of which must be there; empty where any will do.
         version: of the library that it is bound to; empty where any will do.
-        initial: what state a run begins with that is not zero, by the name of the input.
+        initial: the knobs that a run of a denoiser begins with, by name.
     """
 
     stage: str = "main"

@@ -44,8 +44,10 @@ class _Options(Options):
     recompute: float = Field(
         0.0, ge=0, lt=1, description="share of the tokens, those that turn most, computed in a step that is predicted"
     )
-    form: Literal["branch", "split"] = Field(
-        "branch", description="one engine that decides in its graph, or two between which the driver chooses"
+    form: Literal["branch", "split"] | None = Field(
+        None,
+        description="one engine that decides in its graph (branch), or two between which the driver chooses; by "
+        "default whichever is faster",
     )
 
     @model_validator(mode="after")
@@ -106,6 +108,8 @@ class Cache(Staging):
 
     def denoiser(self, stage: Stage) -> tuple[Parts, list[Stage]]:
         """Predict features in steps that need not be computed."""
-        policy = self.options.chosen()
-        parts = Parts(denoising.cut(stage, policy, self.options.region), policy, self.options.recompute)
-        return parts, reusing.stages(parts, self.options.form)
+        policy, recompute = self.options.chosen(), self.options.recompute
+        parts = Parts(denoising.cut(stage, policy, self.options.region), policy, recompute)
+        # an engine that only predicts is faster, unless much is done before a step turns out to need computing
+        form = "branch" if policy.probe or recompute else "split"
+        return parts, reusing.stages(parts, self.options.form or form)

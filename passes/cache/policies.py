@@ -14,8 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from optpass.passes.base import Options, scanned
-from optpass.runtime.features import COUNT, LAST
-from optpass.runtime.features import STEP as AT
+from optpass.runtime.features import COUNT, SINCE, STEP, counter
 
 State = Mapping[str, Tensor]
 
@@ -101,7 +100,7 @@ class Polynomial(Policy):
         """Differences of each feature up to the order, and the steps that they were taken at, newest first."""
         order = self.options.order
         found = {f"difference_{f}_{i}": torch.zeros_like(x) for f, x in enumerate(features) for i in range(order + 1)}
-        return found | {"times": torch.zeros(order + 1, dtype=torch.int64)}
+        return found | {"times": torch.zeros(order + 1, dtype=torch.int32)}
 
     def predict(self, state: State) -> list[Tensor]:
         """The polynomial at this step."""
@@ -109,7 +108,7 @@ class Polynomial(Policy):
         return [self._at(state, f) for f in range(count)]
 
     def _at(self, state: State, feature: int) -> Tensor:
-        away = (state[AT] - state["times"]).to(torch.float32)
+        away = (counter(state, STEP) - state["times"]).to(torch.float32)
         found = state[f"difference_{feature}_0"]
         weight = torch.ones(1)
         for i in range(1, self.options.order + 1):
@@ -129,21 +128,22 @@ class Polynomial(Policy):
 
     def computed(self, state: State, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Differences to the steps before; those that reach back further than there were steps are zero."""
-        times = state["times"]
+        times, step, count = state["times"], counter(state, STEP), counter(state, COUNT)
         found: dict[str, Tensor] = {}
         for f, new in enumerate(features):
             found[f"difference_{f}_0"] = new
             for i in range(1, self.options.order + 1):
                 at = i - 1 if self.newton else 0
-                distance = (state[AT] - times[at : at + 1]).to(torch.float32).clamp(min=1)
-                new = torch.where(state[COUNT] >= i, (new - state[f"difference_{f}_{i - 1}"]) / distance, 0.0)
+                distance = (step - times[at : at + 1]).to(torch.float32).clamp(min=1)
+                new = torch.where(count >= i, (new - state[f"difference_{f}_{i - 1}"]) / distance, 0.0)
                 found[f"difference_{f}_{i}"] = new
-        return found | {"times": torch.cat([state[AT], times[:-1]])}
+        return found | {"times": torch.cat([step, times[:-1]])}
 
 
 def since(state: State) -> Tensor:
     """Steps since the last computed one, float ``[1]``; at least 1 where anything is predicted."""
-    return (state[AT] - state[LAST]).to(torch.float32)
+    found: Tensor = counter(state, SINCE).to(torch.float32)
+    return found
 
 
 def change(new: Tensor, old: Tensor) -> Tensor:

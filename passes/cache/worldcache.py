@@ -17,8 +17,7 @@ from torch import Tensor
 from optpass.errors import Refusal
 from optpass.passes.cache.policies import Policy, PolicyOptions, State, since
 from optpass.rewrite import Refused
-from optpass.runtime.features import COUNT, LAST, STREAK, THRESHOLD
-from optpass.runtime.features import STEP as AT
+from optpass.runtime.features import COUNT, STREAK, THRESHOLD, counter
 
 STILL = 1e-6
 """A token whose squared speed is below this share of the mean one is still, whatever its curvature rounds to."""
@@ -57,7 +56,9 @@ class WorldCache(Policy):
     needs = 3
 
     def start(self, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Features, velocity and the one before, and per token curvature and group (0 stable, 1 linear, 2 chaotic)."""
+        """Features, their velocity, how far it is from the one before, and per token curvature and group (0 stable,
+        1 linear, 2 chaotic).
+        """
         found: dict[str, Tensor] = {}
         most = max(int(apart(feature).shape[1]) for feature in features)
         beyond = [text for text in self.options.groups if _span(text)[2] > most]
@@ -65,7 +66,7 @@ class WorldCache(Policy):
             what = f"groups has {beyond[0]}, and what is predicted has {most} tokens"
             raise Refused(Refusal("groups", what, "name spans inside of them"))
         for f, feature in enumerate(features):
-            found |= {f"{name}_{f}": torch.zeros_like(feature) for name in ("feature", "velocity", "before")}
+            found |= {f"{name}_{f}": torch.zeros_like(feature) for name in ("feature", "velocity", "turn")}
             found |= {f"{name}_{f}": torch.zeros_like(apart(feature)[..., 0]) for name in ("curvature", "group")}
         return found | {"drift": torch.zeros_like(apart(features[0])[:, 0, 0])}
 
@@ -75,28 +76,28 @@ class WorldCache(Policy):
 
     def predict(self, state: State) -> list[Tensor]:
         """Each token by its group."""
-        return [self._predicted(state, f) for f in self._numbers(state)]
-
-    def _predicted(self, state: State, f: int) -> Tensor:
         k = since(state)
-        feature = state[f"feature_{f}"]
-        group = like(state[f"group_{f}"], feature)
-        straight = torch.where(group == 1, state[f"velocity_{f}"], 0.0)
-        return feature + k * torch.where(group == 2, self._slope(state, f, k), straight)
+        turned = k * self._turned(state, k)
+        found = []
+        for f in self._numbers(state):
+            feature, group = state[f"feature_{f}"], state[f"group_{f}"]
+            along, across = (like(x, feature) for x in (k * group.clamp(max=1), turned * turning(group)))
+            found.append(feature + along * state[f"velocity_{f}"] + across * state[f"turn_{f}"])
+        return found
 
-    def _slope(self, state: State, f: int, k: Tensor) -> Tensor:
-        """Velocity that turns into the one before, the further away the more."""
-        share = (k / state[STREAK].clamp(min=1)).clamp(max=1)
-        share = share * share * (3 - 2 * share)
-        return (1 - share) * state[f"velocity_{f}"] + share * state[f"before_{f}"]
+    def _turned(self, state: State, k: Tensor) -> Tensor:
+        """How far the velocity of a turning token has become the one before, from 0 to 1."""
+        share: Tensor = (k / counter(state, STREAK).clamp(min=1)).clamp(max=1)
+        return share * share * (3 - 2 * share)
 
     def predicted(self, state: State, probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """The drift of this step is added."""
         k = since(state)
+        turned = k * self._turned(state, k) - (k - 1) * self._turned(state, k - 1)
         drift = state["drift"]
         for f in self._numbers(state):
-            moved = apart(k * self._slope(state, f, k) - (k - 1) * self._slope(state, f, k - 1)).norm(dim=-1)
-            chaotic = (state[f"group_{f}"] == 2).to(moved.dtype)
+            moved = apart(state[f"velocity_{f}"] + turned * state[f"turn_{f}"]).norm(dim=-1)
+            chaotic = turning(state[f"group_{f}"])
             each = state[f"curvature_{f}"] * moved * chaotic
             count = chaotic.sum(1).clamp(min=1) if self.options.drift_mean == "chaotic" else each.shape[1]
             drift = drift + each.sum(1) / count
@@ -105,10 +106,10 @@ class WorldCache(Policy):
     def computed(self, state: State, features: Sequence[Tensor], probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Velocities move on, and tokens are grouped anew; drift starts at nothing."""
         found: dict[str, Tensor] = {}
-        distance = (state[AT] - state[LAST]).to(torch.float32).clamp(min=1)
+        distance, count = since(state).clamp(min=1), counter(state, COUNT)
         for f, feature in enumerate(features):
             before = state[f"velocity_{f}"]
-            velocity = torch.where(state[COUNT] >= 1, (feature - state[f"feature_{f}"]) / distance, 0.0)
+            velocity = torch.where(count >= 1, (feature - state[f"feature_{f}"]) / distance, 0.0)
             bend = apart((velocity - before) / distance).norm(dim=-1)
             speed = apart(velocity).square().sum(-1)
             curvature = bend / (speed + 1e-8)
@@ -118,7 +119,7 @@ class WorldCache(Policy):
             found |= {
                 f"feature_{f}": feature,
                 f"velocity_{f}": velocity,
-                f"before_{f}": before,
+                f"turn_{f}": before - velocity,
                 f"curvature_{f}": curvature,
                 f"group_{f}": torch.cat(groups, 1) if len(groups) > 1 else groups[0],
             }
@@ -156,6 +157,11 @@ def apart(feature: Tensor) -> Tensor:
     if feature.dim() <= 3:
         return feature
     return feature.movedim(2 if feature.dim() == 5 else 1, -1).flatten(1, -2)
+
+
+def turning(group: Tensor) -> Tensor:
+    """1 for tokens of the last of the three groups, 0 for others."""
+    return (group - 1).clamp(min=0)
 
 
 def like(each: Tensor, feature: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from optpass.passes.cache.policies import Policy, policies
 from optpass.passes.cache.worldcache import WorldCache, apart, like, quantile
 from optpass.rewrite import Refused
 from optpass.runtime.denoise import Denoiser, Run
-from optpass.runtime.features import COUNT, KNOBS, LAST, STEP, STEPS
+from optpass.runtime.features import COUNT, COUNTED, SINCE, STEP, STREAK, THRESHOLD, counter
 from optpass.runtime.schedules import asked
 from tests.denoisers import SAMPLER, Small, example, program, session, stages
 
@@ -57,7 +57,7 @@ class Walk:
         for step, features in enumerate(self.features):
             due = self.policy.due(state, self.probed(step))
             ahead = step < options.warmup or step == len(self.features) - 1
-            starved = int(state[COUNT]) < self.policy.needs or step - int(state[LAST]) > options.streak
+            starved = len(self.computed) < self.policy.needs or step - self.computed[-1] > options.streak
             if ahead or starved or (due is not None and bool(due)):
                 self.computed.append(step)
                 self.made.append(list(features))
@@ -65,7 +65,7 @@ class Walk:
             else:
                 self.made.append(self.policy.predict(state))
                 changed = self.policy.predicted(state, self.probed(step))
-                state = {**state, STEP: state[STEP] + 1, **changed}
+                state = {**counted(state, STEP, SINCE), **changed}
             self.states.append(state)
 
     def probed(self, step: int) -> Sequence[Tensor]:
@@ -74,17 +74,27 @@ class Walk:
 
 def begun(made: Policy, features: Sequence[Tensor], probes: Sequence[Tensor], steps: int) -> dict[str, Tensor]:
     """The state before the first step."""
-    shared = {name: torch.tensor([0]) for name in (STEP, LAST, COUNT)} | {STEPS: torch.tensor([steps])}
-    knobs = {name: torch.tensor([value]) for name, value in made.options.model_dump().items() if name in KNOBS}
-    return {**shared, **knobs, **made.start(features, probes)}
+    options = made.options.model_dump()
+    state = {COUNTED: torch.zeros(7, dtype=torch.int32), THRESHOLD: torch.tensor([options.get("threshold", 0.0)])}
+    counter(state, STREAK)[:] = options["streak"]
+    return {**state, **made.start(features, probes)}
+
+
+def counted(state: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    """A state with some counters one further."""
+    found = {**state, COUNTED: state[COUNTED].clone()}
+    for name in names:
+        counter(found, name)[:] += 1
+    return found
 
 
 def behind(
     made: Policy, state: Mapping[str, Tensor], features: Sequence[Tensor], probes: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """The state behind a computed step."""
-    step = state[STEP]
-    return {STEP: step + 1, LAST: step, COUNT: state[COUNT] + 1, **made.computed(state, features, probes)}
+    found = counted(state, STEP, COUNT)
+    counter(found, SINCE)[:] = 1
+    return {**found, **made.computed(state, features, probes)}
 
 
 def powers(coefficients: Sequence[Tensor], steps: int) -> list[list[Tensor]]:
@@ -134,9 +144,9 @@ def test_newton_is_exact_at_any_distances_up_to_its_order(times: list[int], coef
     exact = np.polynomial.polynomial.polyval(np.array([*at, at[-1] + away], np.float64), coefficients)
     state = begun(made, [torch.zeros(1, 1, 1)], (), 100)
     for step, value in zip(at, exact, strict=False):
-        state[STEP] = torch.tensor([int(step)])
+        counter(state, STEP)[:] = int(step)
         state |= behind(made, state, [torch.full((1, 1, 1), float(value))], ())
-    state[STEP] = torch.tensor([int(at[-1]) + away])
+    counter(state, STEP)[:] = int(at[-1]) + away
     found = float(made.predict(state)[0])
     # a difference of order i carries the roundings of those before it, each 6e-8 of the largest value and doubled by a
     # subtraction, times the weights of at most 5 * 11 * 17 * 23 of the distances over the same distances
@@ -430,10 +440,12 @@ def test_a_turning_token_goes_from_its_last_velocity_to_the_one_before() -> None
     made = policy("worldcache", streak=4)
     assert isinstance(made, WorldCache)
     now, before = torch.randn(1, 3, 2), torch.randn(1, 3, 2)
-    state = {"velocity_0": now, "before_0": before, "streak": torch.tensor([4])}
-    for k, share in ((0.0, 0.0), (1.0, 5 / 32), (2.0, 0.5), (3.0, 27 / 32), (4.0, 1.0), (9.0, 1.0)):
-        expected = now * (1 - share) + before * share
-        assert torch.equal(made._slope(state, 0, torch.tensor([k])), expected), k
+    state = begun(made, [torch.zeros(1, 3, 2)], (), 50)
+    state |= {"velocity_0": now, "turn_0": before - now, "group_0": torch.full((1, 3), 2.0)}
+    for k, share in ((0, 0.0), (1, 5 / 32), (2, 0.5), (3, 27 / 32), (4, 1.0), (9, 1.0)):
+        counter(state, SINCE)[:] = k
+        expected = k * (now * (1 - share) + before * share)
+        torch.testing.assert_close(made.predict(state)[0], expected, rtol=0, atol=2.0**-24 * 9 * 4 * 4)
 
 
 @given(st.integers(0, 10_000))
@@ -443,8 +455,9 @@ def test_no_prediction_leaves_what_its_velocities_span(seed: int) -> None:
         if t in walk.computed:
             continue
         state = walk.states[t]
-        k = t - int(state[LAST])
-        fastest = torch.maximum(state["velocity_0"].norm(dim=-1), state["before_0"].norm(dim=-1))
+        k = t - max(step for step in walk.computed if step < t)
+        before = state["velocity_0"] + state["turn_0"]
+        fastest = torch.maximum(state["velocity_0"].norm(dim=-1), before.norm(dim=-1))
         moved = (found - state["feature_0"]).norm(dim=-1)
         assert (moved <= k * fastest * (1 + 1e-5)).all()
 
@@ -632,11 +645,35 @@ def check_all(engines: Mapping[str, Denoiser], dense: Mapping[str, Denoiser], ma
     check({name: engine.begin(50) for name, engine in engines.items()}, reference)
     assert 10 <= len(reference.taken.computed) <= 40
     assert reference.taken.computed[-1] == 49
-    knob: dict[str, Any] = {"threshold": 0.0} if "state_threshold" in reference._initial else {"streak": 0}
+    knob: dict[str, Any] = {"threshold": 0.0} if "threshold" in reference._initial else {"streak": 0}
     for backend, computing in dense.items():
         runs = {name: engine.begin(50, **knob) for name, engine in engines.items() if name.startswith(backend)}
         # engines round otherwise where what a graph returns is more
         check(runs, computing.begin(50), exact=["eager split"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [
+        ("policy=interval,warmup=1,streak=3", [0, 4, 8, 11]),
+        ("policy=interval,warmup=5,streak=9", [0, 1, 2, 3, 4, 11]),
+        ("policy=interval,warmup=1,streak=0", [*range(12)]),
+        # velocities come of three steps
+        ("policy=worldcache,warmup=1,streak=2,threshold=1e9", [0, 1, 2, 5, 8, 11]),
+    ],
+)
+def test_what_is_counted_says_which_steps_are_computed(options: str, computed: list[int], form: str) -> None:
+    run = session(stages(f"{options},form={form}")).begin(12)
+    for sample, time in course()[:12]:
+        run.step(sample, time, label=LABEL)
+    assert run.taken.computed == computed
+
+
+@pytest.mark.parametrize("options", ["policy=interval", "policy=teacache", "policy=taylorseer,order=1,recompute=0.5"])
+def test_the_form_is_chosen_by_what_a_refused_step_costs(options: str) -> None:
+    names = [stage.name for stage in stages(options)]
+    assert names == (["full", "reuse"] if options == "policy=interval" else ["steered"])
 
 
 @pytest.mark.parametrize("name", ENGINES)
