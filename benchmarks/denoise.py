@@ -70,7 +70,7 @@ POLICIES = {
     "worldcache": "policy=worldcache",
     "worldcache 0.2, 0.8": "policy=worldcache,stable=0.2,chaotic=0.8",
     "worldcache, blocks": "policy=worldcache,region=blocks",
-    "interval, split": "policy=interval,form=split",
+    "worldcache, branch": "policy=worldcache,form=branch",
 }
 GROUPS = {"worldcache, groups": "policy=worldcache,groups=[image:0..64,depth:64..128]"}
 """Where image and depth are tokens of their own."""

@@ -139,26 +139,41 @@ class Parts(nn.Module):
     def must(self, state: Mapping[str, Tensor], probes: Sequence[Tensor], damaged: Tensor) -> Tensor:
         """Whether the step has to be computed, bool ``[1]``."""
         found: Tensor = (counter(state, ROOM) < 1) | damaged
-        due = self.policy.due(state, probes)
+        due = self.policy.due(state, probes) if self.policy.probe else None
         return found if due is None else found | due
+
+    def over(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """Whether the step behind this state has to be computed by what the state says alone, bool ``[1]``."""
+        return None if self.policy.probe else self.policy.due(state, ())
 
     def after(
         self, state: Mapping[str, Tensor], features: Sequence[Tensor], anchors: Sequence[Tensor], probes: list[Tensor]
     ) -> dict[str, Tensor]:
         """The state behind a computed step."""
+        own = self.policy.computed(state, self.less(features, anchors), probes)
         new = {name: counter(state, name) for name in COUNTERS}
         new |= {name: new[name] + 1 for name in (STEP, COUNT)}
         enough = (new[STEP] >= new[WARMUP]) & (new[COUNT] >= self.policy.needs)
+        over = self.over({**state, **own})
+        enough = enough if over is None else enough & ~over
         # the last step of a run is always computed
         room = torch.minimum(new[STREAK], new[STEPS] - 1 - new[STEP])
         new |= {SINCE: torch.ones_like(new[SINCE]), ROOM: torch.where(enough, room, 0)}
-        own = self.policy.computed(state, self.less(features, anchors), probes)
         return {COUNTED: torch.cat(list(new.values())), **own}
 
-    def passed(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The counters behind a step that was predicted."""
-        more = {STEP: 1, SINCE: 1, ROOM: -1}
-        return state[COUNTED] + torch.tensor([more.get(name, 0) for name in COUNTERS], dtype=torch.int32)
+    def ways(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """The counters behind a step that is predicted: where the next one may be as well, and where it may not."""
+        onward = [{STEP: 1, SINCE: 1, ROOM: room} for room in (-1, -(2**20))]
+        steps = [torch.tensor([more.get(name, 0) for name in COUNTERS], dtype=torch.int32) for more in onward]
+        return [state[COUNTED] + step for step in steps]
+
+    def passed(
+        self, state: Mapping[str, Tensor], ways: Sequence[Tensor], probes: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """What is new in the state behind a step that was predicted."""
+        own = self.policy.predicted(state, probes)
+        over = self.over({**state, **own})
+        return {COUNTED: ways[0] if over is None else torch.where(over, ways[1], ways[0]), **own}
 
     def chosen(self, state: Mapping[str, Tensor]) -> Tensor:
         """The tokens that are computed in a step that is predicted, ascending."""
@@ -238,7 +253,7 @@ class _Reuse(nn.Module):
         parts, state = self.parts, self.parts.states(tensors)
         anchors, probes, into, around = parts.look(tensors[: parts.count])
         predicted, damaged = parts.predicted(state)
-        new = {COUNTED: parts.passed(state), **parts.policy.predicted(state, probes)}
+        new = parts.passed(state, parts.ways(state), probes)
         new |= {REFUSED: parts.must(state, probes, damaged), DAMAGED: damaged}
         features = parts.completed(state, predicted, anchors, into)
         return (*parts.back(*around, *features), *(new[name] for name in self.names))
@@ -260,7 +275,7 @@ class _Steered(nn.Module):
         kept = parts.changing
         given = {"anchors": anchors, "probes": probes, "into": into, "predicted": predicted}
         # a branch holds no constants
-        given["passed"] = [parts.passed(state)]
+        given["ways"] = parts.ways(state)
         every = [*(x for part in given.values() for x in part), *state.values()]
         # a tensor is handed over once, however many read it
         operands = list({id(tensor): tensor for tensor in every}.values())
@@ -280,7 +295,7 @@ class _Steered(nn.Module):
 
         def reused(*tensors: Tensor) -> tuple[Tensor, ...]:
             own, state = named(tensors)
-            new = {**state, COUNTED: own["passed"][0], **parts.policy.predicted(state, own["probes"])}
+            new = {**state, **parts.passed(state, own["ways"], own["probes"])}
             features = parts.completed(state, own["predicted"], own["anchors"], own["into"])
             return tuple(map(_own, [*features, *(new[name] for name in kept)]))
 

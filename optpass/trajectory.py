@@ -22,7 +22,7 @@ from optpass.probes import difference
 from optpass.program import Stage
 from optpass.results import Probes
 from optpass.reusing import Parts
-from optpass.runtime.features import COMPUTED, COUNTED, NEW, REFUSED, STATE, STREAK, THRESHOLD, WARMUP
+from optpass.runtime.features import COMPUTED, NEW, REFUSED, STATE, STREAK, THRESHOLD, WARMUP
 from optpass.runtime.manifest import FULL, REUSE, STEERED
 
 RUN = 12
@@ -132,7 +132,7 @@ def _beside(parts: Parts, inputs: Sequence[Tensor], state: State) -> Walked:
     if parts.few is not None:
         features = _some_computed(parts, inputs, state, features)
     outputs, _ = _interpreted(found, inputs, (), dict(zip(found.features, features, strict=True)))
-    return Walked(outputs, {**state, COUNTED: parts.passed(state), **policy.predicted(state, probes)}, False)
+    return Walked(outputs, {**state, **parts.passed(state, parts.ways(state), probes)}, False)
 
 
 def _some_computed(parts: Parts, inputs: Sequence[Tensor], state: State, features: list[Tensor]) -> list[Tensor]:

@@ -29,6 +29,7 @@ from optpass.runtime.features import (
     KNOBS,
     NEW,
     REFUSED,
+    ROOM,
     STATE,
     STEPS,
     STREAK,
@@ -310,11 +311,8 @@ class Run:
         return results
 
     def _surely(self) -> bool:
-        """Whether a step has to be computed whatever it brings, so that it need not be tried."""
-        step, computed = self.taken.steps, self.taken.computed
-        if not computed or step < self._initial[WARMUP] or step >= self.steps - 1:
-            return True
-        return step - computed[-1] > self._initial[STREAK]
+        """Whether the step has to be computed whatever it brings, so that it need not be tried."""
+        return int(self._state[STATE + COUNTED][COUNTERS.index(ROOM)]) < 1
 
     def _computed(self, given: Sequence[Array]) -> dict[str, Array]:
         model = self.model

@@ -67,7 +67,10 @@ class Policy:
         raise NotImplementedError
 
     def due(self, state: State, probes: Sequence[Tensor]) -> Tensor | None:
-        """Whether this step has to be computed, bool ``[1]``; None where the shared conditions are all."""
+        """Whether this step has to be computed, bool ``[1]``; None where what is counted is all.
+
+        A policy that is shown nothing is asked as soon as the step before is done.
+        """
         return None
 
     def predict(self, state: State) -> list[Tensor]:

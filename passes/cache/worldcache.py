@@ -72,7 +72,7 @@ class WorldCache(Policy):
 
     def due(self, state: State, probes: Sequence[Tensor]) -> Tensor:
         """Whether any sample has drifted too far, or how far is no number."""
-        return ~(state["drift"] < state[THRESHOLD]).all(0, keepdim=True)
+        return torch.where(state["drift"] < state[THRESHOLD], 0.0, 1.0).sum(0, keepdim=True) > 0
 
     def predict(self, state: State) -> list[Tensor]:
         """Each token by its group."""
@@ -87,7 +87,7 @@ class WorldCache(Policy):
 
     def _turned(self, state: State, k: Tensor) -> Tensor:
         """How far the velocity of a turning token has become the one before, from 0 to 1."""
-        share: Tensor = (k / counter(state, STREAK).clamp(min=1)).clamp(max=1)
+        share: Tensor = (k / counter(state, STREAK).to(torch.float32).clamp(min=1)).clamp(max=1)
         return share * share * (3 - 2 * share)
 
     def predicted(self, state: State, probes: Sequence[Tensor]) -> dict[str, Tensor]:

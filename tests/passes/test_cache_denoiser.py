@@ -30,7 +30,7 @@ from optpass.rewrite import Refused
 from optpass.runtime.denoise import Denoiser, Run
 from optpass.runtime.features import COUNT, COUNTED, SINCE, STEP, STREAK, THRESHOLD, counter
 from optpass.runtime.schedules import asked
-from tests.denoisers import SAMPLER, Small, example, program, session, stages
+from tests.denoisers import SAMPLER, Eager, Small, example, program, session, stages
 
 Array = NDArray[np.float64]
 
@@ -668,6 +668,19 @@ def test_what_is_counted_says_which_steps_are_computed(options: str, computed: l
     for sample, time in course()[:12]:
         run.step(sample, time, label=LABEL)
     assert run.taken.computed == computed
+
+
+def test_drift_is_known_before_the_step_that_it_has_computed() -> None:
+    model = session(stages("policy=worldcache,streak=40,threshold=0.5"))
+    run = model.begin(50)
+    for sample, time in course():
+        run.step(sample, time, label=LABEL)
+    computed = run.taken.computed
+    gaps = {b - a for a, b in itertools.pairwise(computed[5:-1])}
+    assert len(gaps) > 1  # drift says when, not a streak
+    assert isinstance(model.full, Eager)
+    assert isinstance(model.opened, Eager)
+    assert (model.full.calls, model.opened.calls) == (len(computed), 50 - len(computed))
 
 
 @pytest.mark.parametrize("options", ["policy=interval", "policy=teacache", "policy=taylorseer,order=1,recompute=0.5"])
