@@ -155,7 +155,7 @@ def test_a_link_is_refused_even_to_the_same_bytes(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda m: m.update(schema_version=99), r"schema version 99, this optpass .* reads 2; update optpass"),
+        (lambda m: m.update(schema_version=99), r"schema version 99, this optpass .* reads 3; update optpass"),
         (lambda m: m.update(schema_version=0), r"schema version 0.*rebuild"),
         (lambda m: m.pop("schema_version"), r"schema version None"),
         (lambda m: m.update(surprise=1), r"surprise: Extra inputs"),
