@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from optpass import export
 from optpass.errors import OptpassError, Refusal
-from optpass.export.translate import CONTRIB, OPSET, translate
+from optpass.export.translate import OPSET, translate
+from optpass.export.translations import CONTRIB
 from optpass.program import Stage
 from optpass.runtime.engines.base import unfit
 from optpass.runtime.manifest import Engine

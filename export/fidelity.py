@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.fx import Node
 
 from optpass.export import branches
-from optpass.export.translate import trials, work
 from optpass.program import Stage, op_name
 from optpass.runtime.check import Recorded, Reference, valued
 from optpass.runtime.features import COUNTED, STATE
@@ -39,6 +41,40 @@ def tolerance(stage: Stage, precision: str) -> float:
     terms = 2 * max(rounding.longest / LANES, 1) if precision == "f32" else 2 if own == "f32" else 4
     others = 0 if precision == "int8" else _ops(stage)
     return SAFETY * ROUNDOFF[precision] * math.sqrt(rounding.contractions * terms + others)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much rounding a stage does: contractions in a row, at most, and the longest sum in one of them."""
+
+    contractions: int
+    longest: int
+
+
+def work(stage: Stage) -> Work:
+    """Count the contractions of a stage; an upper estimate of those on one path."""
+    count, longest = 0, 1
+    for node in branches.nodes(stage.exported.graph_module):
+        if node.op != "call_function" or op_name(node) not in CONTRACTIONS:
+            continue
+        count += 1
+        weight = node.args[CONTRACTIONS[op_name(node)]]
+        shape = weight.meta["val"].shape if isinstance(weight, Node) else ()
+        sizes = [size if isinstance(size, int) else 1 for size in shape]
+        if op_name(node).startswith("conv"):
+            longest = max(longest, functools.reduce(int.__mul__, sizes[1:], 1))
+        elif sizes:
+            longest = max(longest, sizes[-1] if op_name(node) in LAST_SUMMED else sizes[0])
+    return Work(max(count, 1), longest)
+
+
+CONTRACTIONS = {
+    "linear": 1, "matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2, "conv1d": 1, "conv2d": 1, "conv3d": 1,
+    "convolution": 1, "scaled_dot_product_attention": 1, "append_attention": 1, "einsum": 0,
+}  # fmt: skip
+"""Ops that sum products, and the argument whose shape says how many."""
+
+LAST_SUMMED = ("linear", "scaled_dot_product_attention", "append_attention")
 
 
 def _ops(stage: Stage) -> int:
@@ -90,7 +126,7 @@ def reference(stage: Stage) -> Reference:
     """
     recorded = []
     both = ({}, {STATE + COUNTED: 9}) if stage.name == STEERED else ({},)
-    for sizes in [{**sizes, **more} for more in both for sizes in trials(stage)]:
+    for sizes in [{**sizes, **more} for more in both for sizes in stage.trials()]:
         results = stage.run(stage.resized(sizes)) if sizes else stage.results
         outputs = {spec.name: _array(t) for spec, t in zip(stage.outputs, results, strict=True)}
         recorded.append(Recorded.of(sizes, valued(outputs)))

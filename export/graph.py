@@ -18,7 +18,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, shape_inference
 from optpass import files
 from optpass.errors import OptpassError
 from optpass.export.report import check_target, destination
-from optpass.export.translate import CONTRIB, MODULE
+from optpass.export.translate import MODULE
+from optpass.export.translations import CONTRIB
 from optpass.runtime import manifest as manifests
 from optpass.runtime import profile as profiles
 from optpass.runtime.engines.base import Timed

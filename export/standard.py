@@ -16,7 +16,8 @@ from onnxscript import optimizer, version_converter
 
 from optpass.errors import OptpassError, Place
 from optpass.export.fuse import stand_in
-from optpass.export.translate import CONTRIB, MODULE
+from optpass.export.translate import MODULE
+from optpass.export.translations import CONTRIB
 
 OPSET = 23
 """The first with ``Attention``."""

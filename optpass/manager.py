@@ -15,7 +15,6 @@ from torch.fx import Node
 from optpass import incremental, probes, stepping, trajectory
 from optpass.causal import Causal, analyse_causal
 from optpass.errors import OptpassError, Refusal
-from optpass.export.translate import trials
 from optpass.follow import follow
 from optpass.kernels import base as kernels
 from optpass.passes.base import Conversion, Finishing, Pass, Site, Staging
@@ -345,7 +344,7 @@ def _convert(made: Conversion, stages: Sequence[Stage], verify: bool) -> tuple[P
 
 def _error(new: Stage, stage: Stage) -> float:
     """The largest error at the smallest, the example and the largest sizes."""
-    inputs = [stage.resized(sizes) for sizes in trials(stage)]
+    inputs = [stage.resized(sizes) for sizes in stage.trials()]
     return max(probes.relative(new.run(tensors), stage.run(tensors)) for tensors in inputs)
 
 

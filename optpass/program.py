@@ -116,6 +116,21 @@ class Stage:
             tensors.append(tensor)
         return tuple(tensors)
 
+    def trials(self) -> list[dict[str, int]]:
+        """The sizes of the dynamic dimensions at which a stage is tried: smallest, example, largest."""
+        if not self.ranges:
+            return [{}]
+        example: dict[str, int] = {}
+        for spec, tensor in zip(self.inputs, self.example, strict=True):
+            example |= {size: tensor.shape[axis] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        smallest = {name: bounds.minimum for name, bounds in self.ranges.items()}
+        largest = {name: bounds.maximum for name, bounds in self.ranges.items()}
+        found = []
+        for sizes in (smallest, {name: example[name] for name in self.ranges}, largest):
+            if sizes not in found:
+                found.append(sizes)
+        return found
+
     def retraced(self, module: torch.nn.Module) -> Stage:
         """The stage with ``module``, a rewritten copy of ``self.module``, captured anew under the same signature."""
         exported = trace(module, self.example, self.inputs, self.ranges, computed=True)

@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 from optpass.cost import flops
 from optpass.errors import Refusal
 from optpass.export.fidelity import tolerance
-from optpass.export.translate import trials
 from optpass.passes.base import Conversion, Converted, Options
 from optpass.probes import relative
 from optpass.program import Stage, module_path, op_name
@@ -109,7 +108,7 @@ class _Search:
 
     def __init__(self, stage: Stage, dtype: torch.dtype, limit: float) -> None:
         self.module, self.dtype, self.limit = stage.module, dtype, limit
-        self.inputs = [stage.resized(sizes) for sizes in trials(stage)]
+        self.inputs = [stage.resized(sizes) for sizes in stage.trials()]
         self.expected = [stage.run(inputs) for inputs in self.inputs]
         nodes = [node for node in self.module.graph.nodes if node.op == "call_function"]
         self.floats = {node for node in nodes if _dtype(node) is torch.float32}

@@ -22,11 +22,11 @@ from optpass.errors import OptpassError
 from optpass.export import graph as viewers
 from optpass.export import onnxruntime
 from optpass.export.base import Source, backend
-from optpass.export.fidelity import chooses
+from optpass.export.fidelity import chooses, work
 from optpass.export.inductor import Inductor
 from optpass.export.standard import halved, standard
 from optpass.export.tensorrt import TensorRT
-from optpass.export.translate import MODULE, translate, trials, work
+from optpass.export.translate import MODULE, translate
 from optpass.kernels.select_diverse import select_diverse
 from optpass.program import Range, Stage, TensorSpec, output_specs, trace
 from optpass.runtime.engines import inductor as compiled
@@ -65,7 +65,7 @@ def made(module: nn.Module, dynamic: bool = False, predicate: Tensor | None = No
 
 def calls(stage: Stage) -> Iterator[tuple[Tensor, ...]]:
     """Inputs at each size, for both branches."""
-    for sizes in trials(stage):
+    for sizes in stage.trials():
         x, state, fresh = stage.resized(sizes)
         for value in (True, False):
             yield x, state, torch.full_like(fresh, value)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from optpass.errors import OptpassError
 from optpass.export import fidelity
 from optpass.export.standard import halved, standard
-from optpass.export.translate import CONTRIB, translate
+from optpass.export.translate import translate
+from optpass.export.translations import CONTRIB
 from optpass.program import Stage
 from tests.export import models
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optpass.capture import capture
 from optpass.errors import OptpassError
 from optpass.export import onnxruntime
-from optpass.export.translate import translate, trials
+from optpass.export.translate import translate
 from optpass.program import Stage
 from optpass.runtime.engines.onnxruntime import open_engine
 from tests.export import models
@@ -31,7 +31,7 @@ def difference(stage: Stage, model: ir.Model, folder: Path) -> float:
     onnxruntime.save(model, folder / "model.onnx")
     engine = open_engine(folder / "model.onnx", "f32", 1)
     worst = 0.0
-    for sizes in trials(stage):
+    for sizes in stage.trials():
         inputs = stage.resized(sizes)
         for found, expected in zip(engine.run([t.numpy() for t in inputs]), stage.run(inputs), strict=True):
             assert found.shape == tuple(expected.shape)
@@ -160,7 +160,7 @@ def test_sizes_and_whole_numbers_take_the_type_of_the_tensors_that_they_meet(tmp
     stage = models.stage(Sized(), {"x": torch.randn(3, 4)}, "x:0=n:1..8")
     onnxruntime.save(translate(stage), tmp_path / "model.onnx")
     engine = open_engine(tmp_path / "model.onnx", "f32", 1)
-    for sizes in trials(stage):
+    for sizes in stage.trials():
         inputs = stage.resized(sizes)
         found = engine.run([t.numpy() for t in inputs])
         for spec, array, tensor in zip(stage.outputs, found, stage.run(inputs), strict=True):
@@ -231,7 +231,7 @@ def test_counts_are_exact_in_openvino_too(tmp_path: Path) -> None:
     stage = models.stage(Ranks(), example, "x:0=n:1..32", "place:0=n:1..32")
     assert difference(stage, translate(stage), tmp_path) == 0
     compiled = openvino.Core().compile_model(str(tmp_path / "model.onnx"), "CPU")
-    for sizes in trials(stage):
+    for sizes in stage.trials():
         inputs = stage.resized(sizes)
         (found,) = compiled([tensor.numpy() for tensor in inputs]).values()
         np.testing.assert_array_equal(found, stage.run(inputs)[0].numpy())
