@@ -113,6 +113,19 @@ def _onnx_cond(predicate: Any, then: ir.Function, otherwise: ir.Function, operan
     return higher_order_cond(predicate, then, otherwise, operands)
 
 
+def _onnx_clamp(value: Any, low: Any = None, high: Any = None) -> Any:
+    # torch's translation casts the limits, which ONNX Runtime does in each call
+    limits = [limit if limit is None else _of_type(limit, value) for limit in (low, high)]
+    return op.Identity(value) if limits == [None, None] else op.Clip(value, *limits)
+
+
+def _of_type(number: Any, value: Any) -> Any:
+    """A number as a tensor of the type of another one."""
+    if not isinstance(number, int | float):
+        return op.CastLike(number, value)
+    return op.Constant(value=ir.tensor(number, dtype=value.dtype))
+
+
 def _onnx_linear(value: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(value, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
@@ -131,6 +144,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     bias_of: _onnx_bias_of,
     rows_of: _onnx_rows_of,
     count_of: _onnx_count_of,
+    aten.clamp.default: _onnx_clamp,
     aten.linear.default: _onnx_linear,
     aten.split_with_sizes.default: _onnx_split,
     aten.gelu.default: _onnx_gelu,

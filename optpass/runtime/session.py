@@ -127,6 +127,10 @@ def open_session(
     return _opened(folder, manifest, chosen, threads, provider)
 
 
+WEIGHTLESS = 0.25
+"""In MiB; graphs without weights are smaller."""
+
+
 def _opened(
     folder: Path, manifest: Manifest, chosen: choice.Choice, threads: int | None, provider: Provider | None
 ) -> Session:
@@ -144,7 +148,9 @@ def _opened(
     def opening(entry: Engine) -> Opened:
         if provider is not None:
             return open_on(name, folder / entry.entry, count, provider)
-        return open_engine(name, entry.backend, entry.precision, folder / entry.entry, count)
+        # what holds no weights multiplies nothing: to share its ops among threads takes longer than to do them
+        alone = entry.stage == REUSE and entry.mib(folder) < WEIGHTLESS
+        return open_engine(name, entry.backend, entry.precision, folder / entry.entry, 1 if alone else count)
 
     opened = opening(found)
     if found.stage == STEP:

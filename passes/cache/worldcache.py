@@ -87,7 +87,7 @@ class WorldCache(Policy):
 
     def _turned(self, state: State, k: Tensor) -> Tensor:
         """How far the velocity of a turning token has become the one before, from 0 to 1."""
-        share: Tensor = (k / counter(state, STREAK).to(torch.float32).clamp(min=1)).clamp(max=1)
+        share: Tensor = k / counter(state, STREAK).to(torch.float32).clamp(min=1)
         return share * share * (3 - 2 * share)
 
     def predicted(self, state: State, probes: Sequence[Tensor]) -> dict[str, Tensor]:

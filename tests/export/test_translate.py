@@ -170,6 +170,29 @@ def test_sizes_and_whole_numbers_take_the_type_of_the_tensors_that_they_meet(tmp
             np.testing.assert_allclose(array, tensor.numpy(), rtol=tolerance, atol=1e-6)
 
 
+class Clamped(nn.Module):
+    """Limits that are numbers, of several types, and one that is a size."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        whole = (x * 9).long()
+        return {
+            "both": x.clamp(-0.5, 1),
+            "low": x.clamp(min=0),
+            "high": x.half().clamp(max=0.25).float(),
+            "integers": whole.clamp(min=-2, max=3),
+            "short": whole.int().clamp(min=1),
+            "size": x.clamp(max=x.shape[0] - 3),
+        }
+
+
+def test_limits_are_constants_of_the_type_of_what_they_limit(tmp_path: Path) -> None:
+    stage = models.stage(Clamped(), {"x": torch.randn(3, 40)}, "x:0=n:1..8")
+    model = translate(stage)
+    # but for the size; other casts are those of the model
+    assert (ops(model)["Clip"], ops(model)["CastLike"], ops(model)["Cast"]) == (6, 1, 4)
+    assert difference(stage, model, tmp_path) < 1e-6
+
+
 class Turned(nn.Module):
     """A table of rotations, truth values that are overwritten, and an axis that is dropped if it is one."""
 
