@@ -26,6 +26,7 @@ from optpass.runtime.features import (
     COUNTERS,
     DAMAGED,
     KNOBS,
+    MANY,
     NEW,
     REFUSED,
     ROOM,
@@ -36,6 +37,7 @@ from optpass.runtime.features import (
     STREAK,
     THRESHOLD,
     WARMUP,
+    counted,
     counter,
     recognise,
 )
@@ -163,7 +165,7 @@ class Parts(nn.Module):
 
     def ways(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """The counters behind a step that is predicted: where the next one may be as well, and where it may not."""
-        onward = [{STEP: 1, SINCE: 1, ROOM: room} for room in (-1, -(2**20))]
+        onward = [{STEP: 1, SINCE: 1, ROOM: room} for room in (-1, -2 * MANY)]
         steps = [torch.tensor([more.get(name, 0) for name in COUNTERS], dtype=torch.int32) for more in onward]
         return [state[COUNTED] + step for step in steps]
 
@@ -207,7 +209,7 @@ class Parts(nn.Module):
     def started(self, steps: int, **knobs: float) -> dict[str, Tensor]:
         """The state before the first of so many steps, by name."""
         begun = {**self.knobs, **knobs, STEPS: steps}
-        found = {COUNTED: torch.tensor([begun.get(name, 0) for name in COUNTERS], dtype=torch.int32)}
+        found = {COUNTED: torch.tensor(counted(begun), dtype=torch.int32)}
         if THRESHOLD in begun:
             found[THRESHOLD] = torch.tensor([float(begun[THRESHOLD])])
         return found | {name: value.clone() for name, value in self.own.items()}

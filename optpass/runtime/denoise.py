@@ -36,6 +36,7 @@ from optpass.runtime.features import (
     THRESHOLD,
     WARMUP,
     Roles,
+    counted,
     recognise,
 )
 from optpass.runtime.manifest import Engine, Manifest, TensorInfo
@@ -140,7 +141,7 @@ class Denoiser(Session):
             shape = [size if isinstance(size, int) else batch for size in info.shape]
             found[info.name] = np.full(shape, begun.get(info.name.removeprefix(STATE), 0), info.dtype)
         if found:
-            found[STATE + COUNTED][:] = [begun.get(name, 0) for name in COUNTERS]
+            found[STATE + COUNTED][:] = counted(begun)
         return found
 
     def denoise(

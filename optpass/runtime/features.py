@@ -29,6 +29,15 @@ COUNTED = "counters"
 """Name of that tensor."""
 
 
+MANY = 2**29
+"""More than any run has steps, and half of what a counter may be taken down by at once."""
+
+
+def counted(begun: Mapping[str, float]) -> list[int]:
+    """The counters before the first step; those that are not named are 0."""
+    return [int(min(begun.get(name, 0), MANY)) for name in COUNTERS]
+
+
 def counter(state: Mapping[str, Any], name: str) -> Any:
     """One of them, ``[1]``."""
     place = COUNTERS.index(name)

@@ -661,6 +661,7 @@ def check_all(engines: Mapping[str, Denoiser], dense: Mapping[str, Denoiser], ma
         ("policy=interval,warmup=1,streak=3", [0, 4, 8, 11]),
         ("policy=interval,warmup=5,streak=9", [0, 1, 2, 3, 4, 11]),
         ("policy=interval,warmup=1,streak=0", [*range(12)]),
+        ("policy=interval,warmup=1,streak=9999999999", [0, 11]),
         # velocities come of three steps
         ("policy=worldcache,warmup=1,streak=2,threshold=1e9", [0, 1, 2, 5, 8, 11]),
     ],
