@@ -29,8 +29,9 @@ COUNTED = "counters"
 """Name of that tensor."""
 
 
-MANY = 2**29
-"""More than any run has steps, and half of what a counter may be taken down by at once."""
+MANY = 2**22
+"""More than any run has steps, and little enough for OpenVINO, which adds whole numbers in float32, to count exactly
+from its double below nothing."""
 
 
 def counted(begun: Mapping[str, float]) -> list[int]:
