@@ -28,7 +28,6 @@ costs as much as some ops of a step that is predicted."""
 COUNTED = "counters"
 """Name of that tensor."""
 
-
 MANY = 2**22
 """More than any run has steps, and little enough for OpenVINO, which adds whole numbers in float32, to count exactly
 from its double below nothing."""

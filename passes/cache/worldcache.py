@@ -77,7 +77,7 @@ class WorldCache(Policy):
     def predict(self, state: State) -> list[Tensor]:
         """Each token by its group."""
         k = since(state)
-        turned = k * self._turned(state, k)
+        turned = self._turned(state, k)
         found = []
         for f in self._numbers(state):
             feature, group = state[f"feature_{f}"], state[f"group_{f}"]
@@ -86,14 +86,14 @@ class WorldCache(Policy):
         return found
 
     def _turned(self, state: State, k: Tensor) -> Tensor:
-        """How far the velocity of a turning token has become the one before, from 0 to 1."""
-        share: Tensor = k / counter(state, STREAK).to(torch.float32).clamp(min=1)
-        return share * share * (3 - 2 * share)
+        """Of ``k`` steps of a turning token, how many are by the velocity before: its share grows from 0 to 1."""
+        share: Tensor = (k / counter(state, STREAK).to(torch.float32).clamp(min=1)).clamp(max=1)
+        return k * (share * share * (3 - 2 * share))
 
     def predicted(self, state: State, probes: Sequence[Tensor]) -> dict[str, Tensor]:
         """The drift of this step is added."""
         k = since(state)
-        turned = k * self._turned(state, k) - (k - 1) * self._turned(state, k - 1)
+        turned = self._turned(state, k) - self._turned(state, k - 1)
         drift = state["drift"]
         for f in self._numbers(state):
             moved = apart(state[f"velocity_{f}"] + turned * state[f"turn_{f}"]).norm(dim=-1)
